@@ -1,0 +1,258 @@
+"""The artifact store: adapter directories named by their contents' digest; places for reports, snapshots and runs.
+
+Under the store's root: versions/<digest>/ (complete or absent), reports/<adapter>/<number>/, snapshots/, runs/, tmp/.
+For a remote store the root is the local cache, and remote_store.py moves files. Knows nothing of numbers or states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scion_adapters.errors import NotFoundError, RejectedError
+from scion_adapters.files import fsync_path, publish_directory, remove_tree, write_file
+from scion_adapters.records import VersionRef, check_adapter_name
+from scion_adapters.remote_store import RemoteStore
+from scion_adapters.settings import Settings
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+SCION_FILE = "scion.json"
+MANIFEST_FILE = "manifest.json"
+_REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
+_IGNORED = {"README.md", ".gitattributes"}  # PEFT and the model hub write them beside every adapter
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_COPY_BYTES = 1 << 20
+_STALE_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """`digest` is "sha256:<64 hex>" over the names and bytes of the files; `size_bytes` is their sum."""
+
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagedArtifact:
+    """A private copy of a directory, flushed and not yet published: what is checked here is what gets published."""
+
+    path: Path
+    artifact: Artifact
+    entries: Mapping[str, Mapping[str, Any]]
+
+
+def list_files(directory: Path) -> dict[str, Path]:
+    """The files of an adapter directory by name.
+
+    Raises RejectedError: symlink, foreign_file, not_safetensors, empty, unreadable.
+    """
+    if directory.is_symlink() or not directory.is_dir():
+        reason = "symlink" if directory.is_symlink() else "unreadable"
+        raise RejectedError(
+            f"{directory} is not a directory of its own: expected a PEFT adapter directory", reason=reason
+        )
+    files: dict[str, Path] = {}
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode):
+            raise RejectedError(f"{entry.name} is a symbolic link: copy the file itself", reason="symlink")
+        if entry.name in _IGNORED and stat.S_ISREG(mode):
+            continue
+        if entry.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
+            raise RejectedError(
+                f"{entry.name} can run code when it is loaded: save as safetensors", reason="not_safetensors"
+            )
+        if entry.name not in (*_REQUIRED, SCION_FILE) or not stat.S_ISREG(mode):
+            raise RejectedError(
+                f"{entry.name!r} does not belong to an adapter: put {CONFIG_FILE} and {WEIGHTS_FILE} in a directory "
+                "of their own",
+                reason="foreign_file",
+            )
+        files[entry.name] = Path(entry.path)
+    for name in _REQUIRED:
+        if name not in files:
+            reason = "empty" if name == WEIGHTS_FILE else "unreadable"
+            raise RejectedError(f"{directory.name} has no {name}: expected a directory that PEFT saved", reason=reason)
+    return files
+
+
+class ArtifactStore:
+    """Artifacts below `root`, and, if `remote` is given, in a remote store of which `root` is the cache."""
+
+    def __init__(self, root: Path, remote: RemoteStore | None = None) -> None:
+        self.root = root
+        self._remote = remote
+
+    @contextmanager
+    def stage(self, directory: Path) -> Iterator[StagedArtifact]:
+        """A flushed private copy of `directory`; it is gone after the block unless `commit` published it."""
+        files = list_files(directory)
+        temporary = self._new_temporary()
+        try:
+            entries = {name: _copy(source, temporary / name) for name, source in files.items()}
+            artifact = Artifact(_digest(entries), sum(int(entry["size_bytes"]) for entry in entries.values()))
+            yield StagedArtifact(temporary, artifact, entries)
+        finally:
+            remove_tree(temporary)
+
+    def commit(self, staged: StagedArtifact) -> Artifact:
+        """Publish a staged copy: manifest last, rename, upload. Does nothing when the same contents are there."""
+        digest = staged.artifact.digest
+        target = self._directory(digest)
+        if target.exists() and not _is_intact(target, digest):
+            _set_aside(target, self._new_temporary())  # damaged by someone else: the copy at hand is the right one
+        if not target.exists():
+            manifest = {"digest": digest, "files": staged.entries}
+            write_file(staged.path / MANIFEST_FILE, json.dumps(manifest, indent=2, sort_keys=True).encode())
+            publish_directory(staged.path, target)  # False: another process was first, with the same bytes
+        if self._remote is not None:
+            self._remote.upload(target, _key(digest), last=MANIFEST_FILE)
+        return staged.artifact
+
+    def add(self, directory: Path) -> Artifact:
+        """Copy `directory` into the store. The same contents give the same artifact, however often they are added."""
+        with self.stage(directory) as staged:
+            return self.commit(staged)
+
+    def path(self, digest: str) -> Path:
+        """The local directory that holds the artifact, fetched and verified first if it is only in the remote store."""
+        target = self._directory(digest)
+        if _is_complete(target):
+            return target
+        if self._remote is not None:
+            self._fetch(digest, target)
+            return target
+        raise NotFoundError(f"artifact {digest} is not in {self.root}: was it removed, or is store.url another one?")
+
+    def verify(self, digest: str) -> None:
+        """Read all of it again. Raises RejectedError(reason="digest_mismatch") when the bytes are not the name's."""
+        target = self.path(digest)
+        if not _is_intact(target, digest):
+            raise RejectedError(
+                f"the files in {target} are not those of {digest}: they were changed after publishing; publish again",
+                reason="digest_mismatch",
+            )
+
+    def report_path(self, ref: VersionRef) -> Path:
+        """The local, writable directory of a version's report."""
+        return self._writable("reports", check_adapter_name(ref.adapter), str(ref.number))
+
+    def sync_report(self, ref: VersionRef) -> None:
+        """Upload a version's report to a remote store; nothing to do for a directory."""
+        if self._remote is not None:
+            self._remote.upload(self.report_path(ref), f"reports/{ref.adapter}/{ref.number}")
+
+    @property
+    def snapshots_path(self) -> Path:
+        return self._writable("snapshots")
+
+    @property
+    def runs_path(self) -> Path:
+        return self._writable("runs")
+
+    def _fetch(self, digest: str, target: Path) -> None:
+        assert self._remote is not None
+        temporary = self._new_temporary()
+        try:
+            self._remote.download(_key(digest), temporary)
+            if not _is_intact(temporary, digest):
+                raise RejectedError(
+                    f"artifact {digest} in the remote store is damaged: publish it again", reason="digest_mismatch"
+                )
+            for file in temporary.iterdir():
+                fsync_path(file)
+            if target.exists():  # incomplete, or `path` would have returned it
+                _set_aside(target, self._new_temporary())
+            publish_directory(temporary, target)
+        finally:
+            remove_tree(temporary)
+
+    def _directory(self, digest: str) -> Path:
+        match = _DIGEST.fullmatch(digest)
+        if match is None:
+            raise NotFoundError(f"{digest[:80]!r} is not a digest: expected sha256: and 64 hexadecimal digits")
+        return self.root / "versions" / match[1]
+
+    def _writable(self, *parts: str) -> Path:
+        directory = self.root.joinpath(*parts)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def _new_temporary(self) -> Path:
+        parent = self._writable("tmp")
+        for left_over in parent.iterdir():  # of processes that were killed
+            with suppress(FileNotFoundError):  # or of one that is just finishing
+                if time.time() - left_over.lstat().st_mtime > _STALE_S:
+                    remove_tree(left_over)
+        temporary = parent / uuid.uuid4().hex
+        temporary.mkdir()
+        return temporary
+
+
+def open_store(settings: Settings) -> ArtifactStore:
+    """The configured store: `store.url` as a directory, or a remote store with `store.cache` as its local cache."""
+    url = settings.store.url
+    if "://" not in url or url.startswith("file://"):
+        return ArtifactStore(settings.path(url.removeprefix("file://")).resolve())
+    return ArtifactStore(settings.path(settings.store.cache).resolve(), RemoteStore(url))
+
+
+def _key(digest: str) -> str:
+    return f"versions/{digest.removeprefix('sha256:')}"
+
+
+def _copy(source: Path, target: Path) -> dict[str, Any]:
+    """Copy, flush and hash in one pass, so that the digest is that of the copy. Links are never followed."""
+    digest, size_bytes = hashlib.sha256(), 0
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+        while piece := reader.read(_COPY_BYTES):
+            digest.update(piece)
+            size_bytes += len(piece)
+            writer.write(piece)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return {"sha256": digest.hexdigest(), "size_bytes": size_bytes}
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    with file.open("rb") as reader:
+        return {"sha256": hashlib.file_digest(reader, "sha256").hexdigest(), "size_bytes": file.stat().st_size}
+
+
+def _digest(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = (f"{name}\0{entry['size_bytes']}\0{entry['sha256']}\n" for name, entry in sorted(entries.items()))
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _is_complete(target: Path) -> bool:
+    """Whether every file that the manifest names is there with its size."""
+    try:
+        files = json.loads((target / MANIFEST_FILE).read_bytes())["files"]
+        return all((target / name).stat().st_size == entry["size_bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _is_intact(target: Path, digest: str) -> bool:
+    """Whether the files, read again, are exactly those that the digest stands for."""
+    if not _is_complete(target):
+        return False
+    return _digest({file.name: _entry(file) for file in target.iterdir() if file.name != MANIFEST_FILE}) == digest
+
+
+def _set_aside(target: Path, temporary: Path) -> None:
+    os.rename(target, temporary / target.name)
+    remove_tree(temporary)

@@ -1,0 +1,148 @@
+"""The database: engine, transactions, migration to the present schema. SQLite (WAL, synchronous=FULL) or PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql, sqlite
+
+from scion_adapters.errors import UnavailableError
+from scion_adapters.settings import Settings
+from scion_adapters.tables import counters
+
+BUSY_TIMEOUT_S = 10.0
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_ALEMBIC_LOCK = threading.Lock()  # alembic's commands keep their context in module globals
+
+
+class Database:
+    """A handle on the database. Cheap to share between threads; every method opens its own connection."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_sqlite = sa.make_url(url).get_backend_name() == "sqlite"
+        if self.is_sqlite:
+            database = sa.make_url(url).database
+            if database and database != ":memory:":
+                Path(database).parent.mkdir(parents=True, exist_ok=True)
+            # BEGIN IMMEDIATE in `write`: a deferred transaction that turns into a writer fails instead of waiting.
+            self.engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+            sa.event.listen(self.engine, "connect", _configure_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            self.engine = sa.create_engine(url, pool_pre_ping=True, pool_size=5, connect_args={"connect_timeout": 5})
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A read-only transaction: everything in it sees one state."""
+        with self._wrap(), self.engine.connect() as connection, connection.begin():
+            if not self.is_sqlite:  # PostgreSQL's default shows each statement another state
+                connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that is durable on return. Keep it short: SQLite has one writer at a time."""
+        with self._wrap(), self.engine.connect() as connection:
+            if self.is_sqlite:
+                connection = connection.execution_options(scion_immediate=True)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def _wrap(self) -> Iterator[None]:
+        try:
+            yield
+        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            raise UnavailableError(
+                f"the database {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: "
+                f"{str(error.orig or error).strip()}; check that it runs and that `scion db upgrade` was done"
+            ) from error
+
+    def upgrade(self) -> None:
+        """Bring the schema to the newest revision; does nothing when it is there already."""
+        with self._wrap(), _ALEMBIC_LOCK:
+            command.upgrade(self._alembic(), "head")
+
+    def current_revision(self) -> str | None:
+        """The schema revision of this database, or None for an empty one."""
+        with self.read() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+
+    def head_revision(self) -> str:
+        """The newest schema revision that this code knows."""
+        return str(ScriptDirectory.from_config(self._alembic()).get_current_head())
+
+    def dispose(self) -> None:
+        self.engine.dispose()
+
+    def _alembic(self) -> Config:
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS))
+        config.attributes["engine"] = self.engine
+        return config
+
+
+def open_database(settings: Settings, *, upgrade: bool = True) -> Database:
+    """The configured database, migrated unless `upgrade` is false."""
+    database = Database(settings.database_url)
+    if upgrade and database.current_revision() != database.head_revision():
+        database.upgrade()
+    return database
+
+
+def insert_ignore(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> int:
+    """INSERT … ON CONFLICT DO NOTHING on both databases. Returns how many rows were new."""
+    if not rows:
+        return 0
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = dialect.insert(table).on_conflict_do_nothing()
+    statement = statement.execution_options(preserve_rowcount=True)  # else psycopg's count is gone with the cursor: -1
+    new = 0
+    for row in rows:  # rowcount of executemany is undefined on both drivers; batches are small and share a transaction
+        new += max(connection.execute(statement, row).rowcount, 0)
+    return new
+
+
+def next_value(connection: sa.Connection, name: str) -> int:
+    """The next number of the named counter, from 1; never gives a number twice, also across processes."""
+    insert_ignore(connection, counters, [{"name": name, "value": 0}])
+    statement = (
+        sa.update(counters)
+        .where(counters.c.name == name)
+        .values(value=counters.c.value + 1)
+        .returning(counters.c.value)
+    )
+    return int(connection.execute(statement).scalar_one())
+
+
+def server_time(connection: sa.Connection) -> float:
+    """Unix seconds by the clock that all users of this database share: PostgreSQL's own; for SQLite, the host's."""
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    return float(connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))).scalar_one())
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins nothing by itself; _begin_sqlite says how
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # 2xx means on disk
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    mode = "IMMEDIATE" if connection.get_execution_options().get("scion_immediate") else "DEFERRED"
+    connection.exec_driver_sql(f"BEGIN {mode}")

@@ -1,0 +1,269 @@
+"""The registry: adapters, their numbered versions and aliases, and every change of a version's state.
+
+It decides what exists and what may be routed to; what is routed to is decided in rollouts.py. All changes are single
+transactions with their events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from scion_adapters import tables
+from scion_adapters.aliases import (
+    AliasChange,
+    check_user_alias,
+    evaluation_alias,
+    load_alias_history,
+    load_aliases,
+    set_alias_in,
+)
+from scion_adapters.artifacts import ArtifactStore, open_store
+from scion_adapters.clock import Clock, now
+from scion_adapters.database import Database, open_database
+from scion_adapters.errors import ConflictError, NotFoundError, RejectedError
+from scion_adapters.events import bump_routing, record
+from scion_adapters.fingerprint import BaseInfo
+from scion_adapters.preflight import AdapterLimits, check_adapter
+from scion_adapters.publishing import NewVersion, ensure_adapter_in, insert_version
+from scion_adapters.records import (
+    BASE_NUMBER,
+    CHALLENGER,
+    CHAMPION,
+    Version,
+    VersionRef,
+    VersionState,
+    check_adapter_name,
+    parse_version_ref,
+)
+from scion_adapters.settings import Settings
+from scion_adapters.versions import find_run, is_version, load_version, lock_adapter, require_adapter, to_version
+
+__all__ = ["Registry", "open_registry", "set_alias_in"]
+
+
+class Registry:
+    """A handle; cheap to share between threads."""
+
+    def __init__(self, database: Database, store: ArtifactStore, clock: Clock = now) -> None:
+        self.database = database
+        self.store = store
+        self._clock = clock
+
+    # --- adapters and versions ---
+
+    def ensure_adapter(self, name: str) -> None:
+        """Make the adapter if there is none of that name."""
+        with self.database.write() as connection:
+            ensure_adapter_in(connection, name, clock_value=self._clock())
+
+    def adapters(self) -> list[str]:
+        with self.database.read() as connection:
+            return list(
+                connection.execute(sa.select(tables.adapters.c.name).order_by(tables.adapters.c.name)).scalars()
+            )
+
+    def publish(
+        self,
+        adapter: str,
+        directory: Path,
+        *,
+        parent: int,
+        base: BaseInfo,
+        limits: AdapterLimits,
+        actor: str,
+        reason: str = "",
+        recipe: str | None = None,
+        run_id: str | None = None,
+        snapshot_id: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Version:
+        """Check `directory`, copy it to the store and give it the next number, as a candidate.
+
+        A `run_id` that published before gets the same version again, so that a resumed run does not publish twice. A
+        refusal is recorded as `version.refused` and raised as RejectedError.
+        """
+        check_adapter_name(adapter)
+        if run_id is not None and (published := self._version_of_run(run_id)):
+            return published
+        if parent != BASE_NUMBER:
+            self.version(VersionRef(adapter, parent))
+        try:
+            with self.store.stage(directory) as staged:
+                info = check_adapter(staged.path, base, limits)  # the copy: what is checked is what is published
+                artifact = self.store.commit(staged)
+        except RejectedError as error:
+            with self.database.write() as connection:
+                data = {"check": error.reason, "run_id": run_id}
+                self._record(connection, "version.refused", adapter, None, actor=actor, reason=str(error), data=data)
+            raise
+        new = NewVersion(
+            adapter=adapter,
+            artifact=artifact,
+            info=info,
+            parent=parent,
+            base_fingerprint=base.fingerprint,
+            recipe=recipe,
+            run_id=run_id,
+            snapshot_id=snapshot_id,
+            metrics=metrics or {},
+        )
+        with self.database.write() as connection:
+            return insert_version(connection, new, clock_value=self._clock(), actor=actor, reason=reason)
+
+    def version(self, ref: VersionRef) -> Version:
+        with self.database.read() as connection:
+            return load_version(connection, ref)
+
+    def versions(self, adapter: str) -> list[Version]:
+        """All versions of an adapter by number, or NotFoundError if there is no such adapter."""
+        query = (
+            sa.select(tables.versions).where(tables.versions.c.adapter == adapter).order_by(tables.versions.c.number)
+        )
+        with self.database.read() as connection:
+            require_adapter(connection, adapter)
+            return [to_version(row) for row in connection.execute(query).mappings()]
+
+    def resolve(self, text: str) -> VersionRef:
+        """`chat:7`, `chat@alias` or `chat` (its champion) as a version that exists; number 0 is the base."""
+        if ":" in text:
+            ref = parse_version_ref(text)
+            with self.database.read() as connection:
+                if ref.number == BASE_NUMBER:
+                    require_adapter(connection, ref.adapter)
+                else:
+                    load_version(connection, ref)
+            return ref
+        adapter, sep, alias = text.partition("@")
+        check_adapter_name(adapter)
+        aliases = self.aliases(adapter)
+        if not sep or alias == CHAMPION:
+            return VersionRef(adapter, aliases.get(CHAMPION, BASE_NUMBER))
+        if alias not in aliases:
+            raise NotFoundError(f"{adapter} has no alias {alias[:80]!r}; it has {', '.join(sorted(aliases)) or 'none'}")
+        return VersionRef(adapter, aliases[alias])
+
+    def accept(self, ref: VersionRef, *, actor: str, reason: str, metrics: Mapping[str, Any] | None = None) -> Version:
+        """The gates passed: the version may be routed to. `metrics` are added to those it has."""
+        with self.database.write() as connection:
+            lock_adapter(connection, ref.adapter)
+            version = load_version(connection, ref)
+            if version.state is VersionState.ACCEPTED:
+                return version
+            if version.state is not VersionState.CANDIDATE:
+                raise ConflictError(f"{ref} is {version.state}: only a candidate can be accepted; publish it again")
+            merged = {**version.metrics, **(metrics or {})}
+            self._set_state(connection, ref, VersionState.ACCEPTED, actor=actor, reason=reason, metrics=merged)
+            return load_version(connection, ref)
+
+    def reject(self, ref: VersionRef, *, actor: str, reason: str) -> Version:
+        """Never route to this version: refused while it serves; its other aliases are removed."""
+        with self.database.write() as connection:
+            lock_adapter(connection, ref.adapter)
+            version = load_version(connection, ref)
+            if version.state is VersionState.REJECTED:
+                return version
+            held = [alias for alias, number in load_aliases(connection, ref.adapter).items() if number == ref.number]
+            if serving := [alias for alias in held if alias in (CHAMPION, CHALLENGER)]:
+                raise ConflictError(f"{ref} serves users as {serving[0]}: `scion rollback {ref.adapter}` first")
+            for alias in held:
+                self._set_alias(connection, ref, alias, None, actor=actor, reason=f"{ref} was rejected")
+            self._set_state(connection, ref, VersionState.REJECTED, actor=actor, reason=reason)
+            return load_version(connection, ref)
+
+    # --- aliases ---
+
+    def aliases(self, adapter: str) -> dict[str, int]:
+        """All aliases, the reserved ones included, or NotFoundError if there is no such adapter."""
+        with self.database.read() as connection:
+            require_adapter(connection, adapter)
+            return load_aliases(connection, adapter)
+
+    def alias_history(self, adapter: str, alias: str | None = None) -> list[AliasChange]:
+        with self.database.read() as connection:
+            return load_alias_history(connection, adapter, alias)
+
+    def set_alias(self, adapter: str, alias: str, number: int, *, actor: str, reason: str = "") -> None:
+        """Point a user's alias at an accepted version (or 0, the base)."""
+        check_user_alias(alias)
+        with self.database.write() as connection:
+            require_adapter(connection, adapter)
+            self._set_alias(connection, VersionRef(adapter, number), alias, number, actor=actor, reason=reason)
+
+    def remove_alias(self, adapter: str, alias: str, *, actor: str, reason: str = "") -> None:
+        check_user_alias(alias)
+        with self.database.write() as connection:
+            if alias not in load_aliases(connection, adapter):
+                raise NotFoundError(f"{adapter} has no alias {alias!r}")
+            self._set_alias(connection, VersionRef(adapter, 0), alias, None, actor=actor, reason=reason)
+
+    def request_evaluation(self, ref: VersionRef, *, actor: str = "gates") -> None:
+        """Ask the servers to load a version that is not rejected, for its gates only."""
+        with self.database.write() as connection:
+            self._set_alias(connection, ref, evaluation_alias(ref.number), ref.number, actor=actor, reason="evaluation")
+
+    def finish_evaluation(self, ref: VersionRef, *, actor: str = "gates") -> None:
+        """The evaluation is over; nothing happens if there was none."""
+        with self.database.write() as connection:
+            self._set_alias(
+                connection, ref, evaluation_alias(ref.number), None, actor=actor, reason="evaluation finished"
+            )
+
+    # --- inside a transaction ---
+
+    def _version_of_run(self, run_id: str) -> Version | None:
+        with self.database.read() as connection:
+            return find_run(connection, run_id)
+
+    def _set_state(
+        self,
+        connection: sa.Connection,
+        ref: VersionRef,
+        state: VersionState,
+        *,
+        actor: str,
+        reason: str,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        values: dict[str, Any] = {"state": state, "reason": reason}
+        if metrics is not None:
+            values["metrics"] = dict(metrics)
+        connection.execute(sa.update(tables.versions).where(is_version(ref)).values(**values))
+        self._record(connection, f"version.{state}", ref.adapter, ref.number, actor=actor, reason=reason)
+        bump_routing(connection)
+
+    def _set_alias(
+        self, connection: sa.Connection, ref: VersionRef, alias: str, number: int | None, *, actor: str, reason: str
+    ) -> None:
+        set_alias_in(connection, ref.adapter, alias, number, clock_value=self._clock(), actor=actor, reason=reason)
+
+    def _record(
+        self,
+        connection: sa.Connection,
+        kind: str,
+        adapter: str,
+        number: int | None,
+        *,
+        actor: str,
+        reason: str,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        record(
+            connection, self._clock(), kind, adapter=adapter, number=number, actor=actor, reason=reason, data=data or {}
+        )
+
+
+def open_registry(settings: Settings, database: Database | None = None) -> Registry:
+    """The configured registry; the configured adapters exist afterwards."""
+    registry = Registry(database or open_database(settings), open_store(settings))
+    for name in sorted(set(settings.adapters) - set(registry.adapters())):
+        registry.ensure_adapter(name)
+    return registry
+
+
+def limits_of(settings: Settings) -> AdapterLimits:
+    """What the configured servers can take."""
+    return AdapterLimits(max_rank=settings.server.max_lora_rank, target_modules=settings.server.target_modules)

@@ -1,0 +1,301 @@
+"""Rollouts as people command them: start, pause, resume, promote, abort, and roll back.
+
+Each verb is one transaction that checks, changes the rollout and the aliases, writes the events and raises the
+routing revision; servers act on it when they see the new revision. A person's verb needs no server to be up, and
+whatever it wrote the controller leaves alone: the controller's own changes are in controller.py, what a change
+consists of in transitions.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from scion_adapters import tables, transitions
+from scion_adapters.aliases import load_aliases, set_alias_in
+from scion_adapters.clock import Clock, new_id, now
+from scion_adapters.database import Database
+from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundError
+from scion_adapters.events import bump_routing, record
+from scion_adapters.records import (
+    BASE_NUMBER,
+    CHAMPION,
+    PREVIOUS,
+    Rollout,
+    RolloutState,
+    Version,
+    VersionRef,
+    VersionState,
+)
+from scion_adapters.replicas import describe_lacking, heartbeat_ttl_s, lacking, live_in
+from scion_adapters.rollout_plan import check_duration, check_steps, format_share
+from scion_adapters.routing import read_revision, routing_in
+from scion_adapters.settings import Settings
+from scion_adapters.slots import check_slots
+from scion_adapters.transitions import Cause
+from scion_adapters.versions import load_version, lock_adapter, require_adapter
+
+LOADING = "waiting until all live servers have loaded it"
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackResult:
+    """`pending`: `to_number` has to be loaded first, by the rollout `rollout_id`. Else it is done once servers see
+    `routing_revision`."""
+
+    adapter: str
+    from_number: int
+    to_number: int
+    pending: bool
+    rollout_id: str | None
+    routing_revision: int
+
+
+class Rollouts:
+    """A handle; cheap to share between threads. `default_every_s`: a step's length when nothing is said."""
+
+    def __init__(
+        self, database: Database, clock: Clock = now, *, default_every_s: float = 300.0, ttl_s: float = 10.0
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._default_every_s = default_every_s
+        self._ttl_s = ttl_s
+
+    # --- looking ---
+
+    def get(self, rollout_id: str) -> Rollout:
+        with self._database.read() as connection:
+            rollout = transitions.find_rollout(connection, rollout_id)
+        if rollout is None:
+            raise NotFoundError(f"rollout {rollout_id[:80]!r} does not exist: `scion rollout status` lists them")
+        return rollout
+
+    def active(self, adapter: str) -> Rollout | None:
+        """The adapter's rollout that has not ended."""
+        with self._database.read() as connection:
+            return transitions.find_active(connection, adapter)
+
+    def list(self, adapter: str | None = None, *, limit: int = 100) -> list[Rollout]:
+        """The newest `limit` rollouts, newest first."""
+        columns = tables.rollouts.c
+        query = sa.select(tables.rollouts).order_by(columns.created_at.desc(), columns.id.desc()).limit(limit)
+        with self._database.read() as connection:
+            if adapter is not None:
+                require_adapter(connection, adapter)
+                query = query.where(columns.adapter == adapter)
+            return [transitions.to_rollout(row) for row in connection.execute(query).mappings()]
+
+    def routing_revision(self) -> int:
+        """What servers act on once they have seen every change so far."""
+        return read_revision(self._database)
+
+    # --- a rollout ---
+
+    def start(
+        self,
+        ref: VersionRef,
+        *,
+        steps: Sequence[float],
+        every_s: float | None = None,
+        after_requests: int | None = None,
+        guard: bool = True,
+        actor: str,
+        reason: str = "",
+    ) -> Rollout:
+        """Begin to carry an accepted version to users; it gets traffic once all live servers have loaded it.
+
+        `steps` are shares in (0, 1], ascending, the last one 1.0; each lasts `every_s` seconds, or until the
+        challenger has answered `after_requests` requests on it. Raises InvalidInputError, NotFoundError or
+        ConflictError and changes nothing.
+        """
+        checked = check_steps(steps)
+        every_s, after_requests = check_duration(every_s, after_requests, self._default_every_s)
+        if ref.number == BASE_NUMBER:
+            raise InvalidInputError(
+                f"{ref} is the base, which needs no rollout: `scion rollback {ref.adapter} --to 0` returns to it",
+                field="version",
+            )
+        with self._changing(ref.adapter, actor, reason) as (connection, cause):
+            version = self._startable(connection, ref)
+            check_slots(routing_in(connection), ref, version.lora_id, live_in(connection, cause.at, self._ttl_s))
+            return _begin(connection, ref, checked, every_s, after_requests, guard, cause)
+
+    def pause(self, adapter: str, *, actor: str, reason: str = "") -> Rollout:
+        """Keep the present share until a person decides; the controller, its guard included, stands still."""
+        with self._changing(adapter, actor, reason) as (connection, cause):
+            rollout = self._active(connection, adapter)
+            if rollout.state is RolloutState.PAUSED:
+                raise ConflictError(f"the rollout of {_ref(rollout)} is already paused, by {rollout.paused_by}")
+            message = _said(f"paused at {format_share(rollout.weight)} of users", actor, reason)
+            return transitions.pause(connection, rollout, message, cause)
+
+    def resume(self, adapter: str, *, actor: str, reason: str = "") -> Rollout:
+        """Continue a paused rollout; its step begins anew."""
+        with self._changing(adapter, actor, reason) as (connection, cause):
+            rollout = self._active(connection, adapter)
+            if rollout.state is not RolloutState.PAUSED:
+                raise ConflictError(f"the rollout of {_ref(rollout)} is not paused: it is {rollout.state}")
+            return transitions.resume(connection, rollout, _said("resumed", actor, reason), cause)
+
+    def promote(self, adapter: str, *, actor: str, reason: str = "") -> Rollout:
+        """Make the challenger champion now. ConflictError while a live server has not loaded it."""
+        with self._changing(adapter, actor, reason) as (connection, cause):
+            rollout = self._active(connection, adapter)
+            version = load_version(connection, VersionRef(adapter, rollout.number), lock=True)
+            if lacks := lacking(live_in(connection, cause.at, self._ttl_s), version.lora_id):
+                raise ConflictError(
+                    f"{version.ref} cannot be promoted: not loaded by {describe_lacking(lacks)}; wait, or "
+                    f"`scion rollout abort {adapter}`"
+                )
+            return transitions.promote(connection, rollout, _said("promoted", actor, reason), cause)
+
+    def abort(self, adapter: str, *, actor: str, reason: str = "") -> Rollout:
+        """Give all traffic back to the champion, at once."""
+        with self._changing(adapter, actor, reason) as (connection, cause):
+            rollout = self._active(connection, adapter)
+            return transitions.abort(connection, rollout, _said("aborted", actor, reason), cause)
+
+    # --- back ---
+
+    def rollback(self, adapter: str, *, to: int | None = None, actor: str, reason: str = "") -> RollbackResult:
+        """Away from what serves now. Nothing has to be loaded unless `to` names an older version than `previous`.
+
+        Without `to`: an active rollout is aborted; if there is none, the previous version becomes champion again, and
+        there is no `previous` any more, so that a second rollback does not bring back what the first one removed.
+        With `to`: that version, or 0 for the base; at once if it is `previous` or the base, else as a rollout to all
+        users once it is loaded.
+        """
+        with self._changing(adapter, actor, reason or "rollback") as (connection, cause):
+            rollout = transitions.find_active(connection, adapter)
+            aliases = load_aliases(connection, adapter)
+            champion, previous = aliases.get(CHAMPION, BASE_NUMBER), aliases.get(PREVIOUS)
+            if to is None and rollout is None and previous is None:
+                raise ConflictError(
+                    f"{adapter} has no previous version to return to (champion is {adapter}:{champion}): "
+                    f"name one with --to N; `scion adapters show {adapter}` lists them, 0 is the base"
+                )
+            if to == champion and rollout is None:
+                raise ConflictError(f"{adapter}:{to} is the champion already")
+            if to is not None and rollout is not None and to == rollout.number:
+                raise ConflictError(f"{_ref(rollout)} is the challenger: use `scion rollout promote {adapter}`")
+            leaving = champion if rollout is None else rollout.number
+            if rollout is not None:
+                transitions.abort(connection, rollout, _said("rolled back", actor, reason), cause)
+            target = to if to is not None else champion if rollout is not None else previous
+            assert target is not None
+            if target not in (champion, previous, BASE_NUMBER):
+                started = self._start_return(connection, VersionRef(adapter, target), cause)
+                return RollbackResult(adapter, leaving, target, True, started.id, bump_routing(connection))
+            if target != champion:
+                self._return_to(connection, VersionRef(adapter, target), cause)
+            record(
+                connection,
+                cause.at,
+                "rollout.rolled_back",
+                actor=actor,
+                reason=cause.reason,
+                adapter=adapter,
+                number=target,
+                data={"from": leaving, "to": target},
+            )
+            return RollbackResult(adapter, leaving, target, False, None, bump_routing(connection))
+
+    # --- inside a transaction ---
+
+    @contextmanager
+    def _changing(self, adapter: str, actor: str, reason: str) -> Iterator[tuple[sa.Connection, Cause]]:
+        """A write transaction that no other change of this adapter's traffic runs beside."""
+        with self._database.write() as connection:
+            require_adapter(connection, adapter)
+            lock_adapter(connection, adapter)
+            yield connection, Cause(actor, reason, self._clock())
+
+    def _active(self, connection: sa.Connection, adapter: str) -> Rollout:
+        rollout = transitions.find_active(connection, adapter)
+        if rollout is None:
+            raise ConflictError(f"{adapter} has no active rollout: `scion rollout start {adapter}:N` begins one")
+        return rollout
+
+    def _startable(self, connection: sa.Connection, ref: VersionRef) -> Version:
+        version = _accepted(connection, ref)
+        if (running := transitions.find_active(connection, ref.adapter)) is not None:
+            raise ConflictError(
+                f"{ref.adapter} has an active rollout already, {running.id} of {_ref(running)} ({running.state}): "
+                f"wait, or `scion rollout promote|abort {ref.adapter}`"
+            )
+        if ref.number == transitions.champion_of(connection, ref.adapter):
+            raise ConflictError(f"{ref} is the champion already")
+        return version
+
+    def _start_return(self, connection: sa.Connection, ref: VersionRef, cause: Cause) -> Rollout:
+        """A rollout to everybody as soon as `ref` is loaded; ratings have no say in it."""
+        version = _accepted(connection, ref)
+        check_slots(routing_in(connection), ref, version.lora_id, live_in(connection, cause.at, self._ttl_s))
+        return _begin(connection, ref, (1.0,), 0.0, None, False, cause)
+
+    def _return_to(self, connection: sa.Connection, ref: VersionRef, cause: Cause) -> None:
+        if ref.number != BASE_NUMBER:
+            _accepted(connection, ref)
+        for alias, number in ((CHAMPION, ref.number), (PREVIOUS, None)):
+            set_alias_in(
+                connection, ref.adapter, alias, number, clock_value=cause.at, actor=cause.actor, reason=cause.reason
+            )
+
+
+def open_rollouts(settings: Settings, database: Database) -> Rollouts:
+    """Rollouts with the configured defaults."""
+    return Rollouts(database, default_every_s=settings.rollout.every_s, ttl_s=heartbeat_ttl_s(settings))
+
+
+def _begin(
+    connection: sa.Connection,
+    ref: VersionRef,
+    steps: tuple[float, ...],
+    every_s: float | None,
+    after_requests: int | None,
+    guard: bool,
+    cause: Cause,
+) -> Rollout:
+    rollout = Rollout(
+        id=new_id("rollout"),
+        adapter=ref.adapter,
+        number=ref.number,
+        stable=transitions.champion_of(connection, ref.adapter),
+        state=RolloutState.PROGRESSING,
+        steps=steps,
+        step=-1,
+        every_s=every_s,
+        after_requests=after_requests,
+        guard=guard,
+        step_started_at=cause.at,
+        message=LOADING,
+        actor=cause.actor[:128],
+        created_at=cause.at,
+        updated_at=cause.at,
+        revision=1,
+    )
+    transitions.start(connection, rollout, cause)
+    return rollout
+
+
+def _accepted(connection: sa.Connection, ref: VersionRef) -> Version:
+    version = load_version(connection, ref, lock=True)
+    if version.state is not VersionState.ACCEPTED:
+        why = f" ({version.reason})" if version.reason else ""
+        remedy = (
+            f"; `scion evaluate {ref}` puts it through the gates" if version.state is VersionState.CANDIDATE else ""
+        )
+        raise ConflictError(f"{ref} is {version.state}{why}: only an accepted version may meet users{remedy}")
+    return version
+
+
+def _said(what: str, actor: str, reason: str) -> str:
+    return f"{what} by {actor}" + (f": {reason}" if reason else "")
+
+
+def _ref(rollout: Rollout) -> VersionRef:
+    return VersionRef(rollout.adapter, rollout.number)

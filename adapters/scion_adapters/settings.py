@@ -1,0 +1,334 @@
+"""Settings: one `scion.toml`, overridable by `SCION_<SECTION>__<KEY>` environment variables; unknown keys are errors.
+
+Every field carries a description; `scion init` writes them out as the commented configuration, so there is one source.
+Relative paths are relative to the folder of the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from scion_adapters.errors import InvalidInputError
+from scion_adapters.records import check_adapter_name
+
+CONFIG_ENV = "SCION_CONFIG"
+DEFAULT_CONFIG = "scion.toml"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSection(Section):
+    """The frozen, quantized model that the server serves and the trainer trains on."""
+
+    model: str = Field("base", description="Directory (or Hugging Face id) of the base model.")
+    served_name: str = Field("base", description="The name under which the base itself is served.")
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="How server and trainer both hold the base: nf4 (bitsandbytes, double quantization) or none."
+    )
+
+
+class DatabaseSection(Section):
+    """Where everything is recorded."""
+
+    url: str = Field(
+        "sqlite:///scion.db",
+        description="SQLAlchemy URL. SQLite for one host; postgresql+psycopg://user:password@host/db for several.",
+    )
+
+
+class StoreSection(Section):
+    """Where adapter files, snapshots, runs and reports lie."""
+
+    url: str = Field("artifacts", description="A directory, or an fsspec URL such as s3://bucket/prefix.")
+    cache: str = Field(
+        "cache", description="Local directory for what a remote store holds; unused for a directory store."
+    )
+
+
+class ServerSection(Section):
+    """How `scion serve` starts vLLM."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    max_loras: int = Field(
+        4, ge=1, description="Distinct adapters in one batch (champion, challenger, draining, candidate)."
+    )
+    max_cpu_loras: int = Field(8, ge=1, description="Adapters held in memory: at least max_loras.")
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(16, description="Highest rank that is served.")
+    target_modules: tuple[str, ...] = Field(LORA_TARGETS, description="The modules adapters may change.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt plus answer in tokens; unset = the model's own."
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU build only: cores for vLLM's worker, the first ones; unset = all."
+    )
+    kv_cache_gib: int = Field(1, ge=1, description="CPU build only: GiB of key-value cache.")
+    extra_args: tuple[str, ...] = Field((), description="Further arguments for vLLM, as on its command line.")
+
+
+class CaptureSection(Section):
+    """Recording of completions."""
+
+    enabled: bool = Field(
+        True, description="Record routed completions. Without them, ratings cannot become training data."
+    )
+    queue_size: int = Field(10_000, ge=1, description="Answers held in memory before one is counted as lost.")
+    flush_interval_s: float = Field(
+        0.1, gt=0, description="How long an answer waits, at most, to be written in a batch."
+    )
+    journal: str = Field(
+        "journal", description="Local directory of the journal that answers wait in until the database took them."
+    )
+    journal_max_mib: int = Field(1024, ge=1, description="The journal's bound; past it answers are counted as lost.")
+
+
+class PrivacySection(Section):
+    """What is known of a user is a keyed hash."""
+
+    hash_key_file: str = Field(
+        "user_hash.key", description="File with the secret that user names are hashed with; made if absent."
+    )
+    hash_key: str | None = Field(
+        None, description="The secret itself, for several hosts (better set as SCION_PRIVACY__HASH_KEY)."
+    )
+
+
+class RolloutSection(Section):
+    """How a version is carried to users when nothing else is said."""
+
+    steps: tuple[float, ...] = Field((0.1, 0.5, 1.0), description="Shares of users, ascending, the last one 1.0.")
+    every_s: float = Field(300.0, ge=0, description="Seconds that each step lasts.")
+    guard: bool = Field(
+        True, description="Abort when ratings show, at 99.9% confidence, that users like the challenger less."
+    )
+    poll_interval_s: float = Field(0.25, gt=0, description="How often servers look for changed routing.")
+    heartbeat_s: float = Field(
+        2.0, gt=0, description="How often a server reports; after five silent intervals it stops counting."
+    )
+
+
+class LoraSection(Section):
+    """Shape of the adapters that runs make."""
+
+    rank: int = Field(16, ge=1, description="LoRA rank; at most server.max_lora_rank.")
+    alpha: int = Field(32, ge=1, description="LoRA alpha; the update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA path while training.")
+
+
+class KtoSection(Section):
+    """KTO: thumbs up and down (Ethayarajh et al., 2024)."""
+
+    learning_rate: float = Field(
+        5e-4, gt=0, description="Peak learning rate; lower it (5e-6 to 5e-5) for large models."
+    )
+    epochs: float = Field(4.0, gt=0, description="Passes over the snapshot.")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the parent version.")
+    batch_size: int = Field(16, ge=2, description="Examples per optimizer step.")
+
+
+class SftSection(Section):
+    """SFT: corrections and liked answers."""
+
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    epochs: float = Field(3.0, gt=0, description="Passes over the snapshot.")
+    batch_size: int = Field(16, ge=1, description="Examples per optimizer step.")
+
+
+class TrainerSection(Section):
+    """When and how `scion trainer` and `scion train` make versions."""
+
+    server_url: str = Field("http://127.0.0.1:8000", description="The server that gates ask.")
+    api_key: str | None = Field(None, description="Its API key (better set as SCION_TRAINER__API_KEY).")
+    schedule: str | None = Field(None, description='Cron expression, e.g. "0 3 * * *"; unset = no fixed times.')
+    min_new_ratings: int | None = Field(
+        None, ge=1, description="Start a run after this many new ratings; unset = never by count."
+    )
+    check_interval_s: float = Field(60.0, gt=0, description="How often the daemon counts new ratings.")
+    recipe: Literal["sft", "kto"] = Field("kto", description="Recipe of scheduled runs.")
+    rollout: bool = Field(True, description="Start a rollout when a scheduled run's candidate passed the gates.")
+    min_ratings: int = Field(40, ge=2, description="A run with fewer usable ratings is refused.")
+    heldout_share: float = Field(0.15, gt=0, lt=0.5, description="Share of users whose ratings are kept for the gates.")
+    max_age_days: float | None = Field(None, gt=0, description="Leave older ratings out; unset = use all.")
+    max_length: int = Field(
+        1024, ge=16, description="Longest prompt plus answer in tokens; longer rows are dropped and counted."
+    )
+    checkpoint_every_steps: int = Field(
+        20, ge=1, description="Optimizer steps between checkpoints: what a kill can lose."
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Examples in memory at once; unset = the recipe's batch_size."
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a run; unset = all. Server and trainer share the cores."
+    )
+    cores: str | None = Field(None, description='CPU cores of a run, e.g. "2-3" (Linux); unset = any.')
+    seed: int = Field(0, ge=0, description="Seed of runs.")
+    report_to: str = Field("none", description="Where transformers reports metrics: none, tensorboard, wandb…")
+    lora: LoraSection = Field(default_factory=LoraSection)
+    kto: KtoSection = Field(default_factory=KtoSection)
+    sft: SftSection = Field(default_factory=SftSection)
+
+
+class GatesSection(Section):
+    """What a candidate must pass before it meets a user."""
+
+    length_ratio: tuple[float, float] = Field(
+        (0.1, 6.0), description="Mean answer length in tokens of the candidate over the parent's: allowed range."
+    )
+    max_empty_share: float = Field(
+        0.02, ge=0, le=1, description="Share of empty answers allowed beyond the base's own."
+    )
+    max_looping_share: float = Field(
+        0.05, ge=0, le=1, description="Share of answers that repeat themselves, allowed beyond the base's own."
+    )
+    max_unfinished_share: float = Field(
+        0.25, ge=0, le=1, description="Share of answers cut off at max_tokens, allowed beyond the base's own."
+    )
+    max_kl_from_base: float = Field(
+        0.5,
+        gt=0,
+        description="Nats per token by which the candidate finds its own answers likelier than the base does.",
+    )
+    heldout_margin: float = Field(
+        0.0,
+        description="How much better than its parent a candidate must separate liked from disliked held-out answers.",
+    )
+    retention_file: str | None = Field(
+        None,
+        description="JSON lines with messages, prefix and answer that must not be forgotten; unset = a general set.",
+    )
+    retention_max_drop: float = Field(
+        0.1,
+        gt=0,
+        description="Nats per token by which the retention items that the base knows may become less likely.",
+    )
+    max_prompts: int = Field(64, ge=1, description="Prompts for the behaviour gates.")
+    max_tokens: int = Field(
+        128, ge=1, description="Longest answer, in tokens, that the behaviour gates let a model give."
+    )
+    concurrency: int = Field(16, ge=1, description="Requests at once.")
+    server_timeout_s: float = Field(
+        120.0, gt=0, description="How long the gates wait until all servers loaded the candidate."
+    )
+
+
+class AdapterSection(Section):
+    """One line of versions. Fields that are set override [trainer] for this adapter."""
+
+    schedule: str | None = Field(None, description="Cron expression for this adapter.")
+    min_new_ratings: int | None = Field(None, ge=1, description="New ratings that start a run of this adapter.")
+    recipe: Literal["sft", "kto"] | None = Field(None, description="Recipe of this adapter's scheduled runs.")
+
+
+class Settings(BaseSettings):
+    """All settings. Build it with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SCION_", env_nested_delimiter="__", extra="forbid", frozen=True, ignored_types=(cached_property,)
+    )
+    file: ClassVar[Path | None] = None
+
+    home: Path = Field(Path("."), exclude=True, description="Folder that relative paths are relative to.")
+    base: BaseSection = Field(default_factory=BaseSection)
+    database: DatabaseSection = Field(default_factory=DatabaseSection)
+    store: StoreSection = Field(default_factory=StoreSection)
+    server: ServerSection = Field(default_factory=ServerSection)
+    capture: CaptureSection = Field(default_factory=CaptureSection)
+    privacy: PrivacySection = Field(default_factory=PrivacySection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    trainer: TrainerSection = Field(default_factory=TrainerSection)
+    gates: GatesSection = Field(default_factory=GatesSection)
+    adapters: dict[str, AdapterSection] = Field(default_factory=lambda: {"chat": AdapterSection()})
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_names(cls, value: dict[str, AdapterSection]) -> dict[str, AdapterSection]:
+        for name in value:
+            check_adapter_name(name)
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if cls.file is not None:
+            sources.append(TomlConfigSettingsSource(settings_cls, cls.file))
+        return tuple(sources)
+
+    def path(self, value: str) -> Path:
+        """`value` as a path, relative to `home`."""
+        return self.home / Path(value).expanduser()
+
+    @cached_property
+    def base_path(self) -> Path | None:
+        """The base as a local directory, or None when `base.model` is a Hugging Face id."""
+        local = self.path(self.base.model)
+        return local if local.is_dir() else None
+
+    @cached_property
+    def database_url(self) -> str:
+        """`database.url` with a relative SQLite path made relative to `home`."""
+        prefix = "sqlite:///"
+        url = self.database.url
+        if url.startswith(prefix) and not url.startswith(prefix + "/") and url != prefix + ":memory:":
+            return prefix + str((self.home / url.removeprefix(prefix)).resolve())
+        return url
+
+
+def load_settings(file: str | Path | None = None, *, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read `file`, else $SCION_CONFIG, else ./scion.toml if it exists, else the defaults; then the environment.
+
+    `overrides` are nested mappings with the highest precedence. Raises InvalidInputError naming the key and the remedy.
+    """
+    named = file or os.environ.get(CONFIG_ENV)
+    path = Path(named or DEFAULT_CONFIG).expanduser().resolve()
+    if named and not path.is_file():
+        raise InvalidInputError(f"configuration file {path} does not exist: make one with `scion init {path.parent}`")
+
+    class FileSettings(Settings):
+        file: ClassVar[Path | None] = path if path.is_file() else None
+
+    _check_environment()
+    try:
+        return FileSettings(home=path.parent, **dict(overrides or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        hint = (
+            "remove it, or see `scion init --print` for the known keys"
+            if first["type"] == "extra_forbidden"
+            else "correct it"
+        )
+        origin = path.name if path.is_file() else "the environment"
+        raise InvalidInputError(
+            f"{origin}: {key}: {first['msg']} (value: {first['input']!r}); {hint}", field=key
+        ) from error
+    except ValueError as error:  # TOML syntax, or JSON in an environment variable
+        raise InvalidInputError(f"{path.name}: {error}") from error
+
+
+def _check_environment() -> None:
+    """A misspelt section would be ignored in silence: pydantic looks only for the names that it knows."""
+    for name in os.environ:
+        section, separator, _ = name.lower().removeprefix("scion_").partition("__")
+        if name.lower().startswith("scion_") and separator and section not in Settings.model_fields:
+            raise InvalidInputError(
+                f"environment variable {name}: there is no section {section!r}; remove it, or see `scion init --print`",
+                field=section,
+            )

@@ -1,0 +1,1 @@
+"""What users said: capture records, ratings, privacy, and the snapshots that training reads."""

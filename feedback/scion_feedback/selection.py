@@ -1,0 +1,254 @@
+"""Which votes become training rows, and which of those are held out. Pure: what the database said in, rows out.
+
+Every vote that does not become a row is counted under the first reason that applies (`DropReason`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+from scion_feedback.parsing import DEFAULT_NAME
+from scion_feedback.statistics import NEUTRAL
+
+Split = Literal["train", "heldout"]
+Kind = Literal["rating", "correction"]
+SplitRule = Literal["user", "completion"]
+
+
+class DropReason(StrEnum):
+    DELETED = "deleted"
+    UNKNOWN_COMPLETION = "unknown_completion"  # the answer was not recorded
+    OTHER_ADAPTER = "other_adapter"
+    TOO_OLD = "too_old"
+    COMMENT_ONLY = "comment_only"  # neither a value nor a correction
+    OTHER_NAME = "other_name"  # a value under another name than "rating" says nothing about liking
+    SUPERSEDED = "superseded"  # a later vote of the same user about the same answer counts instead
+    NEUTRAL_VALUE = "neutral_value"
+    NOT_CHAT = "not_chat"  # a bare prompt: training wraps text in the chat template, which this answer never saw
+    NOT_TEXT = "not_text"  # images, audio
+    TOOLS = "tool_calls"  # tools were offered or used: their definitions are part of the prompt
+    PREFILLED = "prefilled_answer"  # the answer continues an assistant message
+    NO_TEXT_ANSWER = "no_text_answer"
+    TRUNCATED = "truncated_answer"  # liked, but cut off by max_tokens: training on it teaches to stop mid-sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """One row of `feedback` with its completion's columns, which are None when the completion is unknown."""
+
+    id: str
+    completion_id: str
+    choice_index: int
+    name: str
+    value: float | None
+    correction: str | None
+    user_hash: str | None
+    counts: bool
+    created_at: float
+    deleted_at: float | None
+    number: int | None
+    route: str | None
+    request: Mapping[str, Any] | None
+    choices: Sequence[Mapping[str, Any]] | None
+    completion_user: str | None
+    conversation: str | None
+
+    @property
+    def user(self) -> str | None:
+        """Who voted: a vote without a user is one of the completion's user."""
+        return self.user_hash or self.completion_user
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """One example. `liked` is None for a correction without a (counting) vote; `correction` replaces `answer`."""
+
+    feedback_id: str
+    completion_id: str
+    split: Split
+    kind: Kind
+    messages: list[dict[str, str]]
+    answer: str
+    liked: bool | None
+    correction: str | None
+    user_hash: str | None
+    conversation: str | None
+    number: int
+    created_at: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def select(votes: Iterable[Vote], *, not_before: float) -> tuple[list[SnapshotRow], Counter[str]]:
+    """The rows of `votes`, newest vote first, all in the split "train", and how many were dropped by reason.
+
+    `votes` must come newest first: of several by one user about one answer the first seen stands.
+    """
+    rows: list[SnapshotRow] = []
+    dropped: Counter[str] = Counter()
+    seen: set[tuple[object, ...]] = set()
+    for vote in votes:
+        outcome = _row(vote, not_before, seen)
+        if isinstance(outcome, SnapshotRow):
+            rows.append(outcome)
+        else:
+            dropped[outcome.value] += 1
+    return rows, dropped
+
+
+def assign_splits(rows: Sequence[SnapshotRow], heldout_share: float) -> tuple[list[SnapshotRow], SplitRule]:
+    """Hold out whole users, the same ones in every snapshot: a gate must not ask what an ancestor was trained on.
+
+    A user is held out when the hash of their (keyed) user hash falls into the lowest `heldout_share`. When users are so
+    few that this holds out nobody, or more than half of the rows, single completions are held out by the same rule.
+    """
+    by_user = [_position(_unit(row)) < heldout_share for row in rows]
+    if 0 < sum(by_user) <= len(rows) / 2:
+        return _split(rows, by_user), "user"
+    positions = [_position(f"completion:{row.completion_id}") for row in rows]
+    threshold = max(heldout_share, min(positions, default=0.0) + 1e-12)  # at least one
+    return _split(rows, [position < threshold for position in positions]), "completion"
+
+
+def _row(vote: Vote, not_before: float, seen: set[tuple[object, ...]]) -> SnapshotRow | DropReason:
+    if vote.deleted_at is not None:
+        return DropReason.DELETED
+    if vote.request is None or vote.choices is None or vote.number is None:
+        return DropReason.UNKNOWN_COMPLETION
+    if vote.created_at < not_before:
+        return DropReason.TOO_OLD
+    value, correction, reason = _standing(vote, seen)
+    if reason is not None:
+        return reason
+    messages = _messages(vote)
+    if isinstance(messages, DropReason):
+        return messages
+    answer = _answer(vote.choices, vote.choice_index)
+    liked = None if value is None or value == NEUTRAL else value > NEUTRAL
+    if isinstance(answer, DropReason) or (liked and answer.truncated):
+        if correction is None:
+            return answer if isinstance(answer, DropReason) else DropReason.TRUNCATED
+        liked = None  # the vote cannot be learned from, the correction can
+    return SnapshotRow(
+        feedback_id=vote.id,
+        completion_id=vote.completion_id,
+        split="train",
+        kind="rating" if correction is None else "correction",
+        messages=messages,
+        answer="" if isinstance(answer, DropReason) else answer.text,
+        liked=liked,
+        correction=correction,
+        user_hash=vote.user,
+        conversation=vote.conversation,
+        number=vote.number,
+        created_at=vote.created_at,
+    )
+
+
+def _standing(
+    vote: Vote, seen: set[tuple[object, ...]]
+) -> tuple[float | None, str | None, None] | tuple[None, None, DropReason]:
+    """The value and the correction of `vote` that still stand, or why neither does."""
+    if vote.value is None and vote.correction is None:
+        return None, None, DropReason.COMMENT_ONLY
+    answer = (vote.completion_id, vote.choice_index, vote.user)
+    value, correction = vote.value, vote.correction
+    if value is not None and (not vote.counts or not _first(seen, ("value", vote.name, *answer))):
+        value = None
+    if correction is not None and not _first(seen, ("correction", *answer)):
+        correction = None
+    if value is None and correction is None:
+        return None, None, DropReason.SUPERSEDED
+    if vote.name != DEFAULT_NAME:
+        value = None
+    if correction is None:
+        if value is None:
+            return None, None, DropReason.OTHER_NAME
+        if value == NEUTRAL:
+            return None, None, DropReason.NEUTRAL_VALUE
+    return value, correction, None
+
+
+def _first(seen: set[tuple[object, ...]], key: tuple[object, ...]) -> bool:
+    if key in seen:
+        return False
+    seen.add(key)
+    return True
+
+
+def _messages(vote: Vote) -> list[dict[str, str]] | DropReason:
+    """The conversation as role and text, or why it cannot be used."""
+    assert vote.request is not None
+    messages = vote.request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return DropReason.NOT_CHAT
+    if vote.request.get("tools") or vote.request.get("functions"):
+        return DropReason.TOOLS
+    plain: list[dict[str, str]] = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return DropReason.NOT_CHAT
+        if message["role"] in ("tool", "function") or message.get("tool_calls"):
+            return DropReason.TOOLS
+        text = _plain_text(message.get("content"))
+        if text is None:
+            return DropReason.NOT_TEXT
+        plain.append({"role": message["role"], "content": text})
+    return DropReason.PREFILLED if plain[-1]["role"] == "assistant" else plain
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    text: str
+    truncated: bool
+
+
+def _answer(choices: Sequence[Mapping[str, Any]], index: int) -> _Answer | DropReason:
+    """The text of the choice with that index, or why it cannot be used."""
+    choice = next((choice for choice in choices if choice.get("index", 0) == index), None)
+    message = None if choice is None else choice.get("message")
+    if choice is None or not isinstance(message, Mapping):
+        return DropReason.NO_TEXT_ANSWER
+    if message.get("tool_calls") or message.get("function_call"):
+        return DropReason.TOOLS
+    text = _plain_text(message.get("content"))
+    if not text or not text.strip():
+        return DropReason.NO_TEXT_ANSWER
+    return _Answer(text, truncated=choice.get("finish_reason") == "length")
+
+
+def _plain_text(content: Any) -> str | None:
+    """`content` of a message as one string; None when part of it is not text."""
+    if isinstance(content, str):
+        return content.encode("utf-8", "replace").decode()  # half a surrogate pair would stop the tokenizer
+    if not isinstance(content, list):
+        return None
+    parts = [_plain_text(part) if isinstance(part, str) else _part_text(part) for part in content]
+    return None if any(part is None for part in parts) else "\n".join(part for part in parts if part is not None)
+
+
+def _part_text(part: Any) -> str | None:
+    text = part.get("text") if isinstance(part, Mapping) and str(part.get("type", "")).endswith("text") else None
+    return _plain_text(text) if isinstance(text, str) else None
+
+
+def _unit(row: SnapshotRow) -> str:
+    if row.user_hash is not None:
+        return f"user:{row.user_hash}"
+    return f"conversation:{row.conversation}" if row.conversation is not None else f"completion:{row.completion_id}"
+
+
+def _position(unit: str) -> float:
+    """A number in [0, 1) that depends on `unit` alone."""
+    digest = hashlib.blake2b(f"heldout\0{unit}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _split(rows: Sequence[SnapshotRow], heldout: Sequence[bool]) -> list[SnapshotRow]:
+    return [replace(row, split="heldout" if held else "train") for row, held in zip(rows, heldout, strict=True)]

@@ -1,0 +1,227 @@
+"""What a server process does beside answering: follow the routing, load versions, report itself, look after rollouts.
+
+Four small loops on the event loop, each with its database work in threads, so that a slow heartbeat delays no routing.
+A database that does not answer is logged once, counted, and tried again: the last routing stays in force. Decisions are
+made elsewhere (loader.plan, scion_adapters.controller).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from scion_adapters import controller
+from scion_adapters.clock import Clock, new_id, now
+from scion_adapters.database import Database
+from scion_adapters.leases import release, try_acquire
+from scion_adapters.records import Replica
+from scion_adapters.replicas import ReplicaLedger
+from scion_adapters.routing import load_routing, read_revision
+from scion_adapters.settings import RolloutSection
+from vllm_scion.loader import Loader
+from vllm_scion.metrics import Metrics
+
+logger = logging.getLogger("vllm_scion")
+
+CONTROLLER_LEASE = "controller"
+SILENT_INTERVALS = 5
+"""A server that has not reported for so many heartbeats stops counting (RolloutSection.heartbeat_s)."""
+
+STUMBLE_PAUSE_S = 1.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What this server process says of itself in the ledger."""
+
+    url: str
+    max_loras: int
+    max_cpu_loras: int
+    max_lora_rank: int
+    base_fingerprint: str
+    started_at: float
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    id: str = field(default_factory=lambda: new_id("server"))
+
+
+@dataclass(slots=True)
+class Background:
+    """The four loops. `start` returns once the routing is followed and its versions are loaded."""
+
+    database: Database
+    ledger: ReplicaLedger
+    loader: Loader
+    metrics: Metrics
+    settings: RolloutSection
+    identity: Identity
+    clock: Clock = now
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="scion-db")
+    )
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _look: asyncio.Event = field(default_factory=asyncio.Event)
+    _load: asyncio.Event = field(default_factory=asyncio.Event)
+    _tell: asyncio.Event = field(default_factory=asyncio.Event)
+    _broken: set[str] = field(default_factory=set)
+    _holds_lease: bool = False
+    _lease_due: float = 0.0
+
+    @property
+    def ttl_s(self) -> float:
+        """How long a silent server still counts, and the length of the controller's lease."""
+        return self.settings.heartbeat_s * SILENT_INTERVALS
+
+    async def start(self) -> None:
+        """Raises when the database does not answer: without a first routing there is nothing to serve."""
+        self.loader.follow(await self._in_thread(lambda: load_routing(self.database)))
+        await self.loader.step()
+        await self._in_thread(lambda: self.ledger.report(self.replica()))
+        for loop in (self._watch, self._keep_loaded, self._report, self._control):
+            self._tasks.append(asyncio.create_task(self._forever(loop), name=f"scion-{loop.__name__.strip('_')}"))
+
+    async def close(self) -> None:
+        """Stop, and leave the ledger, so that rollouts no longer wait for this server."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._holds_lease:
+            await self._attempt("lease", lambda: release(self.database, CONTROLLER_LEASE, self.identity.id))
+        await self._attempt("report", lambda: self.ledger.remove(self.identity.id))
+        self._threads.shutdown(wait=False)
+
+    def wake(self) -> None:
+        """The routing may have changed: look now instead of at the next poll."""
+        self._look.set()
+
+    def replica(self) -> Replica:
+        """This process as the ledger shows it."""
+        return Replica(
+            id=self.identity.id,
+            host=self.identity.host,
+            pid=self.identity.pid,
+            url=self.identity.url,
+            started_at=self.identity.started_at,
+            heartbeat_at=self.clock(),
+            max_loras=self.identity.max_loras,
+            max_cpu_loras=self.identity.max_cpu_loras,
+            max_lora_rank=self.identity.max_lora_rank,
+            loaded=frozenset(self.loader.loaded),
+            failed={lora_id: failure.reason for lora_id, failure in self.loader.failures.items()},
+            in_flight={i: n for i, n in self.loader.serving.in_flight.items() if n > 0},
+            routing_revision=self.loader.routing.revision,
+            base_fingerprint=self.identity.base_fingerprint,
+        )
+
+    # --- the loops ----------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Follow the routing: requests obey a new one from here on; what it needs loaded is the next loop's work."""
+        self._show_levels()
+        revision = await self._attempt("routing", lambda: read_revision(self.database))
+        if revision is not None and revision != self.loader.routing.revision:
+            routing = await self._attempt("routing", lambda: load_routing(self.database))
+            if routing is not None:
+                self.loader.follow(routing)
+                self._load.set()
+                self._tell.set()
+        await _wait(self._look, self.settings.poll_interval_s)
+
+    async def _keep_loaded(self) -> None:
+        if await self.loader.step():
+            self._tell.set()
+        await _wait(self._load, None if self.loader.is_settled else self.settings.poll_interval_s)
+
+    async def _report(self) -> None:
+        await _wait(self._tell, self.settings.heartbeat_s)
+        replica = self.replica()
+        await self._attempt("report", lambda: self.ledger.report(replica))
+
+    async def _control(self) -> None:
+        """Look after active rollouts, if this process holds the lease; one process of all does."""
+        if any(line.rollout_id is not None for line in self.loader.routing.adapters.values()):
+            if self._monotonic() >= self._lease_due:  # a write: not at every poll
+                asked_at = self._monotonic()
+                self._holds_lease = await self._attempt("lease", self._hold_lease) is True
+                self._lease_due = asked_at + (self.ttl_s / 3 if self._holds_lease else self.settings.heartbeat_s)
+            if self._holds_lease:
+                self.metrics["scion_controller_ticks_total"].inc()
+                await self._attempt(
+                    "controller", lambda: controller.tick(self.database, self.clock, heartbeat_ttl_s=self.ttl_s)
+                )
+                self.wake()
+        self.metrics["scion_controller_lease_held"].set(1 if self._holds_lease else 0)
+        await asyncio.sleep(self.settings.poll_interval_s)
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    def _hold_lease(self) -> bool:
+        return try_acquire(self.database, CONTROLLER_LEASE, self.identity.id, self.ttl_s)
+
+    def _show_levels(self) -> None:
+        self.metrics["scion_routing_revision"].set(self.loader.routing.revision)
+        self.metrics["scion_resident_versions"].set(len(self.loader.loaded))
+        self.metrics["scion_failed_versions"].set(len(self.loader.failures))
+        active, weight = self.metrics["scion_rollout_active"], self.metrics["scion_rollout_weight"]
+        for name, line in self.loader.routing.adapters.items():
+            active.labels(name).set(1 if line.rollout_id is not None else 0)
+            weight.labels(name).set(line.weight)
+        in_flight = self.metrics["scion_in_flight_requests"]
+        for lora_id, version in self.loader.loaded.items():
+            count = self.loader.serving.in_flight.get(lora_id, 0)
+            in_flight.labels(version.ref.adapter, str(version.ref.number)).set(count)
+
+    async def _forever(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        while True:
+            try:
+                await loop()
+            except asyncio.CancelledError:
+                raise
+            except Exception:  # a mistake in one round must not end the loop, nor the server
+                logger.exception("%s stumbled; it goes on", loop.__name__)
+                await asyncio.sleep(STUMBLE_PAUSE_S)
+
+    async def _attempt(self, operation: str, work: Callable[[], T]) -> T | None:
+        """`work` in a thread; None when it failed, which is counted, and logged when it begins and ends."""
+        try:
+            result = await self._in_thread(work)
+        except Exception as error:
+            self.metrics["scion_database_errors_total"].labels(operation).inc()
+            if operation not in self._broken:
+                self._broken.add(operation)
+                logger.error("%s: %s; serving goes on with routing revision %d", operation, error, self._revision)
+            return None
+        if operation in self._broken:
+            self._broken.discard(operation)
+            logger.info("%s: works again", operation)
+        return result
+
+    @property
+    def _revision(self) -> int:
+        return self.loader.routing.revision
+
+    @staticmethod
+    def _monotonic() -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+async def _wait(event: asyncio.Event, timeout_s: float | None) -> None:
+    """Until `event` is set or the time is over; the event is taken."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
+    event.clear()

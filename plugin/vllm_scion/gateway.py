@@ -1,0 +1,208 @@
+"""The hot path: one routed request, from the model name it asked for to the reference kept for recording.
+
+Wraps the endpoint of a completion route: assign a version, set `request.model` to it, call vLLM's own endpoint, keep
+what it answered. No I/O, no parsing and no waiting of its own; what recording costs is paid in the recorder's threads.
+Knows nothing of the database or of how versions get loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from scion_adapters.errors import NotFoundError, UnavailableError
+from scion_adapters.routing import Assignment, assign
+from vllm_scion.capture import Capture, Hasher
+from vllm_scion.errors_http import explain, unavailable_response
+from vllm_scion.metrics import Metrics
+from vllm_scion.private_vllm import is_client_error, usage_holder
+from vllm_scion.serving import Flight, Serving
+from vllm_scion.subject import conversation_of, subject_of
+
+EVALUATION_HEADER = "x-scion-evaluation"
+
+Endpoint = Callable[[Any, Request], Coroutine[Any, Any, Any]]
+Submit = Callable[[Callable[[], Any]], bool]
+"""scion_feedback.recorder.Recorder.submit: never blocks; false means lost, and counted there."""
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What wrapped endpoints share. Made with the routes; the other fields are filled in before the server listens."""
+
+    serving: Serving
+    metrics: Metrics
+    base_name: str = ""
+    submit: Submit | None = None
+    hasher: Hasher | None = None
+
+    def wrap(self, original: Endpoint, route: str, *, is_recorded: bool = True) -> Endpoint:
+        """`original` behind routing and, if `is_recorded`, recording. `route` is its name in records and metrics."""
+        observe = self.metrics["scion_request_overhead_seconds"].labels(route).observe
+        clock = time.perf_counter
+
+        @functools.wraps(original)  # FastAPI finds the request's type and the parameters through __wrapped__
+        async def endpoint(request: Any, raw_request: Request) -> Any:
+            started = clock()
+            model = request.model
+            published = self.serving.published
+            if not model or _adapter_in(model) not in published.routing.adapters:
+                return await original(request, raw_request)
+            body = await raw_request.json()  # FastAPI parsed it already and the request keeps it
+            evaluation_key = raw_request.headers.get(EVALUATION_HEADER)
+            line = published.routing.adapters.get(model)
+            is_split = line is not None and line.rollout_id is not None
+            subject = subject_of(body, raw_request.headers) if is_split else ""
+            try:
+                assignment = assign(published.routing, model, subject, published.resident, evaluation_key)
+            except NotFoundError as error:
+                self.metrics.request(_adapter_in(model), None, route, "unknown")
+                return _explained(await original(request, raw_request), str(error))
+            except UnavailableError as error:
+                self.metrics.request(_adapter_in(model), None, route, "unavailable")
+                return unavailable_response(str(error), anthropic=route == "messages")
+            if assignment is None:
+                return await original(request, raw_request)
+            call = _Call(self, route, assignment, model, started)
+            if is_recorded and evaluation_key is None and self.submit is not None and body.get("store") is not False:
+                call.keep(body, raw_request)
+            lora_id = assignment.lora_id
+            if lora_id is None:
+                request.model = self.base_name
+            else:
+                call.flight = Flight(self.serving.in_flight, lora_id)
+                request.model = published.names[lora_id]
+            called = clock()
+            try:
+                response = await original(request, raw_request)
+            except BaseException as error:
+                call.broke_off(error)
+                raise
+            answered = clock()
+            if isinstance(response, StreamingResponse) and response.status_code == 200:
+                response.body_iterator = call.relay(response.body_iterator)
+            else:
+                call.answered(response)
+            observe(called - started + clock() - answered)
+            return response
+
+        return endpoint
+
+
+class _Call:
+    """One request that was assigned to a version."""
+
+    __slots__ = (
+        "_assignment",
+        "_body",
+        "_created_at",
+        "_gateway",
+        "_model",
+        "_request",
+        "_route",
+        "_started",
+        "flight",
+    )
+
+    def __init__(self, gateway: Gateway, route: str, assignment: Assignment, model: str, started: float) -> None:
+        self._gateway = gateway
+        self._route = route
+        self._assignment = assignment
+        self._model = model
+        self._started = started
+        self._body: Mapping[str, Any] | None = None
+        self._request: Request | None = None
+        self.flight: Flight | None = None
+
+    def keep(self, body: Mapping[str, Any], request: Request) -> None:
+        """This answer is to be recorded."""
+        self._body = body
+        self._request = request
+        self._created_at = time.time()
+
+    def answered(self, response: Any) -> None:
+        """A complete response (or None: the client left). It is recorded once the event loop has sent it off."""
+        self._land()
+        status = response.status_code if isinstance(response, Response) else 499
+        if status == 200:
+            self._count("ok")
+            if self._body is not None and (submit := self._gateway.submit) is not None:
+                capture = self._capture(bytes(response.body), None, is_stream=False)
+                asyncio.get_running_loop().call_soon(submit, capture.build)
+        elif status == 499:
+            self._count("cancelled")
+        else:
+            self._count("rejected" if status < 500 else "error")
+
+    def broke_off(self, error: BaseException) -> None:
+        self._land()
+        if isinstance(error, asyncio.CancelledError):
+            self._count("cancelled")
+        else:
+            self._count("rejected" if is_client_error(error) else "error")
+
+    async def relay(self, chunks: AsyncIterable[Any]) -> AsyncIterator[Any]:
+        """The stream as it is; afterwards, however it ended, what was sent of it is recorded."""
+        sent: list[Any] = []
+        first_at: float | None = None
+        outcome = "cancelled"
+        try:
+            async for chunk in chunks:
+                if first_at is None:
+                    first_at = time.perf_counter()
+                sent.append(chunk)
+                yield chunk
+            outcome = "ok"
+        except Exception:
+            outcome = "error"
+            raise
+        finally:  # nothing here may wait: the client may have gone and the generator be closing
+            self._land()
+            self._count(outcome)
+            if self._body is not None and (submit := self._gateway.submit) is not None:
+                submit(self._capture(sent, first_at, is_stream=True).build)
+
+    def _capture(self, parts: Any, first_at: float | None, *, is_stream: bool) -> Capture:
+        hasher = self._gateway.hasher
+        assert self._body is not None
+        assert self._request is not None
+        assert hasher is not None
+        return Capture(
+            route=self._route,
+            assignment=self._assignment,
+            requested_model=self._model,
+            body=self._body,
+            conversation=conversation_of(self._body, self._request.headers),
+            usage=usage_holder(self._request),
+            parts=parts,
+            stream=is_stream,
+            created_at=self._created_at,
+            latency_ms=(time.perf_counter() - self._started) * 1e3,
+            first_token_ms=None if first_at is None else (first_at - self._started) * 1e3,
+            hasher=hasher,
+        )
+
+    def _count(self, outcome: str) -> None:
+        ref = self._assignment.ref
+        self._gateway.metrics.request(ref.adapter, ref.number, self._route, outcome)
+
+    def _land(self) -> None:
+        if self.flight is not None:
+            self.flight.land()
+
+
+def _adapter_in(model: str) -> str:
+    """`chat` out of `chat`, `chat:7` and `chat@champion`."""
+    return model.partition(":")[0].partition("@")[0]
+
+
+def _explained(response: Any, message: str) -> Any:
+    is_404 = isinstance(response, Response) and response.status_code == 404
+    return explain(response, message) if is_404 else response

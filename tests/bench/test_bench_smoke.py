@@ -1,0 +1,30 @@
+"""The overhead benchmark with seconds of load, so that it cannot rot: it runs, records everything, writes its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench.__main__ import main
+
+
+@pytest.mark.slow
+def test_the_stubbed_part_runs_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["overhead", "--quick", "--output", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "overhead.json").read_text())
+    figures = document["figures"]
+    assert figures["stub_failed_requests"] == 0
+    assert figures["stub_answered"] > 0
+    assert figures["stub_recorded"] == figures["stub_answered"]
+    assert figures["stub_lost"] == 0
+    assert {series["kind"] for series in figures["stub"]} == {"plain", "stream"}
+    assert [bar["bar"] for bar in document["bars"]] == [0.3, 1.0, 0.3, 1.0]
+    assert (tmp_path / "overhead.png").stat().st_size > 10_000
+    assert "bars met" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        main(["overhaed"])

@@ -1,0 +1,154 @@
+"""Changes of traffic on a live server: nothing fails, nothing lies about its version, and a rollback is at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import ServerWorld
+from tests.helpers.serving import wait_for
+
+pytestmark = pytest.mark.e2e
+
+
+@dataclass
+class Answer:
+    started: float
+    ended: float
+    status: int
+    models: set[str]
+    text: str
+
+
+@dataclass
+class Traffic:
+    """Clients that ask without a pause, half of them streaming; every user always has the same name."""
+
+    url: str
+    model: str
+    num_clients: int = 6
+    answers: list[Answer] = field(default_factory=list)
+    stopping: bool = False
+
+    async def client(self, number: int) -> None:
+        async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
+            while not self.stopping:
+                body = {"model": self.model, "prompt": f"User {number} says", "max_tokens": 4 + number, "user": f"u{number}"}
+                started = time.monotonic()
+                if number % 2:
+                    response = await http.post("/v1/completions", json=body)
+                    models = {response.json().get("model", "")} if response.status_code == 200 else set()
+                else:
+                    response = await http.post("/v1/completions", json={**body, "stream": True})
+                    models = {part.split('"')[0] for part in response.text.split('"model":"')[1:]}
+                self.answers.append(Answer(started, time.monotonic(), response.status_code, models, response.text))
+
+    @asynccontextmanager
+    async def flowing(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self.client(number)) for number in range(self.num_clients)]
+        try:
+            await self.until_more(self.num_clients)
+            yield
+        finally:
+            self.stopping = True
+            await asyncio.gather(*tasks)
+
+    async def until_more(self, num_answers: int) -> None:
+        """Until so many more answers came."""
+        goal = len(self.answers) + num_answers
+        async with asyncio.timeout(120):
+            while len(self.answers) < goal:
+                await asyncio.sleep(0.02)
+
+
+async def test_swaps_under_steady_traffic_fail_no_request(world: ServerWorld) -> None:
+    versions = [world.accept("chat2") for _ in range(3)]
+    legal = {f"chat2:{world.champion('chat2')}", *(str(v.ref) for v in versions)}
+    traffic = Traffic(world.server.url, "chat2")
+    async with traffic.flowing():
+        for version in versions:
+            await asyncio.to_thread(world.promote, version)
+            promoted_at = time.monotonic()
+            await traffic.until_more(2 * traffic.num_clients)
+            late = [a for a in traffic.answers if a.started >= promoted_at]
+            assert {model for a in late for model in a.models} == {str(version.ref)}
+    failed = [a for a in traffic.answers if a.status != 200 or '"error"' in a.text]
+    assert failed == []
+    assert all(len(a.models) == 1 for a in traffic.answers), "an answer names exactly one version"
+    assert {model for a in traffic.answers for model in a.models} <= legal
+    first = versions[0].number - 1
+    wait_for(lambda: f"chat2:{first}" not in str(world.status()["resident"]), what="the first champion is unloaded")
+    assert {v["version"] for v in world.status()["resident"]} >= {str(versions[-1].ref), str(versions[-2].ref)}
+
+
+async def test_a_rollback_is_at_once_and_loads_nothing(world: ServerWorld) -> None:
+    good, bad = world.champion("chat3"), await asyncio.to_thread(world.accept, "chat3")
+    await asyncio.to_thread(world.promote, bad)
+    loads = world.metric("scion_adapter_loads_total", outcome="ok")
+    traffic = Traffic(world.server.url, "chat3")
+    async with traffic.flowing():
+        rolled_back_at = time.monotonic()
+        result = await asyncio.to_thread(world.rollouts.rollback, "chat3", actor="test", reason="users complain")
+        await asyncio.to_thread(world.wait_followed)
+        await traffic.until_more(2 * traffic.num_clients)
+    assert (result.from_number, result.to_number, result.pending) == (bad.number, good, False)
+    assert [a for a in traffic.answers if a.status != 200] == []
+    last_bad = max(a.started for a in traffic.answers if str(bad.ref) in a.models)
+    assert last_bad - rolled_back_at <= 1.0, "the last request on the bad version started within a second"
+    assert traffic.answers[-1].models == {f"chat3:{good}"}
+    assert world.metric("scion_adapter_loads_total", outcome="ok") == loads
+
+
+async def test_a_rollout_moves_only_the_added_slice(world: ServerWorld) -> None:
+    champion, challenger = f"chat:{world.champion('chat')}", await asyncio.to_thread(world.accept, "chat")
+    users = [f"slice-{i}" for i in range(24)]
+    seen: dict[str, list[str]] = {user: [] for user in users}
+
+    async def everybody() -> None:
+        async with httpx.AsyncClient(base_url=world.server.url, timeout=120) as http:
+
+            async def ask(user: str) -> None:
+                body = {"model": "chat", "prompt": "Hi", "max_tokens": 1, "user": user}
+                response = await http.post("/v1/completions", json=body)
+                seen[user].append(response.json()["model"])
+
+            await asyncio.gather(*map(ask, users))
+
+    world.rollouts.start(challenger.ref, steps=[0.3, 0.7, 1.0], every_s=3600, guard=False, actor="test")
+    try:
+        await asyncio.to_thread(wait_for, lambda: world.status()["adapters"]["chat"]["weight"] == 0.3, timeout_s=30)
+        await everybody()
+        await everybody()
+        taken = {user for user in users if seen[user][0] == str(challenger.ref)}
+        assert 0 < len(taken) < len(users)
+        assert all(len(set(models)) == 1 for models in seen.values()), "nobody changes version within a step"
+        assert {model for models in seen.values() for model in models} == {champion, str(challenger.ref)}
+        rows = [world.completion(i) for i in recorded_ids(world, "slice", challenger.number)]
+        assert {row["probability"] for row in rows} == {0.3}
+    finally:
+        world.rollouts.rollback("chat", actor="test")
+        world.wait_followed()
+
+
+def recorded_ids(world: ServerWorld, _: str, number: int) -> list[str]:
+    """Completions of chat:`number` that were drawn in a rollout."""
+    import sqlalchemy as sa
+
+    from scion_adapters import tables
+
+    columns = tables.completions.c
+
+    def find() -> list[str]:
+        query = sa.select(columns.id).where(
+            columns.adapter == "chat", columns.number == number, columns.rollout_id.is_not(None)
+        )
+        with world.database.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    return wait_for(find, what="drawn completions are recorded")

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from scion_adapters.errors import InvalidInputError
+from scion_trainer.limits import bind_process, parse_cores
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("0", {0}), ("2-3", {2, 3}), ("0,2-3", {0, 2, 3}), (" 1 , 3 ", {1, 3})],
+)
+def test_cores_are_parsed(text: str, cores: set[int]) -> None:
+    assert parse_cores(text) == cores
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-2", "1,,2", "1.5"])
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInputError, match="trainer.cores"):
+        parse_cores(text)
+
+
+def test_cores_that_this_machine_lacks_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="this machine allows"):
+        bind_process("4000-4001", None)
+
+
+def test_threads_reach_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(variable, "")
+    bind_process(None, 3)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    bind_process(None, None)
+    assert os.environ["OMP_NUM_THREADS"] == "3"  # unset leaves things as they are

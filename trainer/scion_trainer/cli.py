@@ -1,0 +1,312 @@
+"""The trainer's commands: `train`, `trainer`, `evaluate`, `runs list|show`.
+
+Owns what is printed and the exit codes. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scion_adapters.cli.output import JsonOption, actor, console, error_console, print_json, print_table
+from scion_adapters.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from scion_adapters.records import Run
+    from scion_trainer.followup import Followed
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+class RecipeName(StrEnum):
+    """The recipes, as `--recipe` takes them; a test compares them with RECIPES."""
+
+    SFT = "sft"
+    KTO = "kto"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `scion`."""
+    app.command("train")(train)
+    app.command("trainer")(trainer)
+    app.command("evaluate")(evaluate)
+    runs_app = typer.Typer(help="Training runs.", no_args_is_help=True)
+    runs_app.command("list")(runs_list)
+    runs_app.command("show")(runs_show)
+    app.add_typer(runs_app, name="runs")
+
+
+def train(
+    name: Annotated[str, typer.Argument(help="The adapter, such as chat.")],
+    recipe: Annotated[
+        RecipeName | None,
+        typer.Option(help="kto: thumbs up and down; sft: corrections and liked answers. Default: as configured."),
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Only ratings of the last 90s, 30m, 2h, 7d, 4w. Default: all.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run.")] = False,
+    evaluate: Annotated[bool, typer.Option(help="Let the gates judge the candidate.")] = True,
+    rollout: Annotated[bool, typer.Option("--rollout", help="Start a rollout if the candidate is accepted.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a new version of an adapter on its users' ratings, here and now."""
+    from scion_adapters.clock import now
+    from scion_adapters.database import open_database
+    from scion_adapters.settings import load_settings
+    from scion_trainer.followup import follow_up
+    from scion_trainer.launch import create_run, launch_run, resumable_run
+
+    settings = load_settings()
+    database = open_database(settings)
+    if resume:
+        if recipe is not None or since is not None:
+            raise InvalidInputError("--resume goes on with a run as it was begun: leave out --recipe and --since")
+        run = resumable_run(database, name)
+    else:
+        configured = settings.adapters[name].recipe if name in settings.adapters else None
+        run = create_run(
+            settings,
+            database,
+            name,
+            str(recipe or configured or settings.trainer.recipe),
+            actor=actor(),
+            since=None if since is None else now() - parse_duration(since),
+        )
+    error_console.print(f"{run.id}: attempt {run.attempt + 1}, in {run.directory}", highlight=False)
+    done = launch_run(settings, database, run)
+    followed = follow_up(
+        settings,
+        database,
+        done,
+        evaluate=evaluate,
+        rollout=rollout,
+        actor=actor(),
+        say=lambda text: error_console.print(text, highlight=False, markup=False),
+    )
+    if json:
+        print_json(
+            {
+                "run": run_json(done),
+                "version": str(followed.version.ref),
+                "state": str(followed.version.state),
+                "report": followed.report.to_json() if followed.report else None,
+                "rollout": followed.rollout.id if followed.rollout else None,
+                "note": followed.note,
+            }
+        )
+    else:
+        _print_outcome(done, followed)
+    if followed.report is not None and followed.report.exit_code:
+        raise typer.Exit(followed.report.exit_code)
+
+
+def trainer(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also log what APScheduler does.")] = False,
+) -> None:
+    """Run the daemon that trains by the clock and by the number of new ratings."""
+    from scion_adapters.database import open_database
+    from scion_adapters.settings import load_settings
+    from scion_trainer.daemon import run_daemon
+    from scion_trainer.scheduler import plans
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("apscheduler").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings = load_settings()
+    if not any(plan.schedule or plan.min_new_ratings for plan in plans(settings)):
+        raise InvalidInputError(
+            "nothing would ever start a run: set trainer.schedule or trainer.min_new_ratings", field="trainer.schedule"
+        )
+    run_daemon(settings, open_database(settings))
+
+
+def evaluate(
+    ref: Annotated[str, typer.Argument(help="The version, such as chat:7.")],
+    json: JsonOption = False,
+) -> None:
+    """Let the gates judge a version again, or a candidate that was not judged yet."""
+    from scion_adapters.database import open_database
+    from scion_adapters.registry import open_registry
+    from scion_adapters.settings import load_settings
+    from scion_trainer.followup import evaluate_version
+
+    settings = load_settings()
+    database = open_database(settings)
+    registry = open_registry(settings, database)
+    version = registry.resolve(ref)
+    report = evaluate_version(
+        settings, database, version, say=lambda text: error_console.print(text, highlight=False, markup=False)
+    )
+    if json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+        console.print(f"report: {registry.store.report_path(version)}", highlight=False, soft_wrap=True)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def runs_list(
+    name: Annotated[str | None, typer.Argument(help="Only this adapter's.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    json: JsonOption = False,
+) -> None:
+    """List training runs."""
+    from scion_adapters.database import open_database
+    from scion_adapters.settings import load_settings
+    from scion_trainer.run_lease import working_on
+    from scion_trainer.runs import RunStore
+
+    database = open_database(load_settings())
+    found = RunStore(database).list(name, limit=limit)
+    if json:
+        print_json([run_json(run) for run in found])
+        return
+    working = {adapter: working_on(database, adapter) for adapter in {run.adapter for run in found}}
+    print_table(
+        ("run", "adapter", "recipe", "state", "from", "made", "rows", "seconds", "begun"),
+        [
+            (
+                run.id,
+                run.adapter,
+                run.recipe,
+                shown_state(run, is_worked_on=(holder := working[run.adapter]) is not None and holder.run_id == run.id),
+                f"{run.adapter}:{run.parent}",
+                None if run.candidate is None else f"{run.adapter}:{run.candidate}",
+                run.metrics.get("rows"),
+                run.metrics.get("seconds"),
+                _time(run.created_at),
+            )
+            for run in found
+        ],
+    )
+
+
+def runs_show(run_id: Annotated[str, typer.Argument(help="The run's id.")], json: JsonOption = False) -> None:
+    """Show one run: its configuration, metrics and error."""
+    from scion_adapters.database import open_database
+    from scion_adapters.settings import load_settings
+    from scion_trainer.run_lease import working_on
+    from scion_trainer.runs import RunStore
+
+    database = open_database(load_settings())
+    run = RunStore(database).get(run_id)
+    if json:
+        print_json(run_json(run))
+        return
+    holder = working_on(database, run.adapter)
+    state = shown_state(run, is_worked_on=holder is not None and holder.run_id == run.id)
+    made = None if run.candidate is None else f"{run.adapter}:{run.candidate}"
+    facts: list[tuple[str, object]] = [
+        ("state", state),
+        ("from", f"{run.adapter}:{run.parent}"),
+        ("made", made),
+        ("snapshot", run.snapshot_id),
+        ("directory", run.directory),
+        ("attempts", run.attempt),
+        ("by", run.actor),
+        ("begun", _time(run.created_at)),
+        ("ended", None if run.finished_at is None else _time(run.finished_at)),
+        ("error", run.error),
+    ]
+    facts += [(f"config.{key}", value) for key, value in run.config.items()]
+    facts += [(f"metrics.{key}", value) for key, value in run.metrics.items() if key != "curves"]
+    print_table(("field", "value"), facts, title=run.id)
+
+
+def parse_duration(text: str) -> float:
+    """`"2h"` -> 7200.0 seconds. Raises InvalidInputError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if match is None:
+        raise InvalidInputError(
+            f"--since {text!r}: expected a number and a unit, such as 90s, 30m, 2h, 7d or 4w", field="since"
+        )
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def shown_state(run: Run, *, is_worked_on: bool) -> str:
+    """The state in a word that a person understands: an unfinished run without a process is interrupted."""
+    from scion_adapters.records import RunState
+
+    if run.state in (RunState.QUEUED, RunState.RUNNING) and not is_worked_on and run.attempt > 0:
+        return "interrupted"
+    return str(run.state)
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """A run as `--json` shows it."""
+    return {
+        "id": run.id,
+        "adapter": run.adapter,
+        "recipe": run.recipe,
+        "state": str(run.state),
+        "parent": run.parent,
+        "candidate": run.candidate,
+        "snapshot_id": run.snapshot_id,
+        "directory": run.directory,
+        "attempt": run.attempt,
+        "error": run.error,
+        "actor": run.actor,
+        "created_at": run.created_at,
+        "updated_at": run.updated_at,
+        "finished_at": run.finished_at,
+        "config": dict(run.config),
+        "metrics": dict(run.metrics),
+    }
+
+
+def _print_outcome(run: Run, followed: Followed) -> None:
+    metrics = run.metrics
+    print_table(
+        ("version", "state", "from", "rows", "steps", "loss", "seconds", "peak memory"),
+        [
+            (
+                followed.version.ref,
+                followed.version.state,
+                f"{run.adapter}:{run.parent}",
+                metrics.get("rows"),
+                metrics.get("steps"),
+                metrics.get("train_loss"),
+                metrics.get("seconds"),
+                f"{metrics.get('peak_rss_bytes', 0) / (1 << 30):.2f} GiB",
+            )
+        ],
+    )
+    if followed.report is not None:
+        _print_report(followed.report)
+    if followed.note:
+        console.print(followed.note, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"next: {next_command(followed)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def next_command(followed: Followed) -> str:
+    """What one would type now."""
+    from scion_adapters.records import VersionState
+
+    ref = followed.version.ref
+    if followed.rollout is not None:
+        return f"scion rollout status {ref.adapter}"
+    if followed.version.state is VersionState.ACCEPTED:
+        return f"scion rollout start {ref}"
+    if followed.version.state is VersionState.REJECTED:
+        return f"scion adapters show {ref}"
+    return f"scion evaluate {ref}"
+
+
+def _print_report(report: Any) -> None:
+    print_table(
+        ("gate", "verdict", "why"),
+        [(gate.name, gate.verdict, gate.reason) for gate in report.gates],
+        title=str(report.ref),
+    )
+    console.print(f"{report.ref}: {report.verdict}. {report.reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

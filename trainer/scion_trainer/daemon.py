@@ -1,0 +1,214 @@
+"""The trainer daemon, `scion trainer`: APScheduler with its jobs in the database, children that train, and a clean end.
+
+Owns processes and signals. When something is due is decided in scheduler.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.cron import CronTrigger
+from apscheduler.triggers.interval import IntervalTrigger
+
+from scion_adapters.database import Database
+from scion_adapters.errors import InvalidInputError
+from scion_adapters.leases import HeldLease
+from scion_adapters.records import Run
+from scion_adapters.settings import Settings
+from scion_trainer import scheduler as jobs_module
+from scion_trainer.followup import follow_up
+from scion_trainer.launch import Process, create_run, launch_run
+from scion_trainer.run_lease import Holder, free_if_dead
+from scion_trainer.scheduler import ACTOR, Launcher, Plan, TrainerJobs, plans
+
+LEASE_NAME = "scheduler"
+LEASE_TTL_S = 30.0
+MISFIRE_GRACE_S = 3600
+"""A scheduled time that was missed (daemon down, machine asleep) is made up for within this time, once."""
+
+logger = logging.getLogger(__name__)
+
+_Job = tuple[Callable[..., None], Any, tuple[str, ...]]  # function, trigger (None: now, once), arguments
+
+
+class ChildLauncher:
+    """Runs as child processes, followed by the gates and, if configured, a rollout."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
+        self._database = database
+        self._lock = threading.Lock()
+        self._children: set[Process] = set()
+        self._stopping = False
+
+    def start(self, adapter: str, recipe: str) -> Run:
+        return self.resume(create_run(self._settings, self._database, adapter, recipe, actor=ACTOR))
+
+    def resume(self, run: Run) -> Run:
+        children: list[Process] = []
+
+        def started(process: Process) -> None:
+            children.append(process)
+            self._add(process)
+
+        try:
+            done = launch_run(self._settings, self._database, run, started=started)
+        finally:
+            with self._lock:
+                self._children.difference_update(children)
+        followed = follow_up(
+            self._settings,
+            self._database,
+            done,
+            evaluate=True,
+            rollout=self._settings.trainer.rollout,
+            actor=ACTOR,
+            say=logger.info,
+        )
+        logger.info("%s is %s. %s", followed.version.ref, followed.version.state, followed.note)
+        return done
+
+    def stop(self) -> None:
+        """Ask all children to write a checkpoint and end."""
+        with self._lock:
+            self._stopping = True
+            for child in self._children:
+                _terminate(child)
+
+    def _add(self, process: Process) -> None:
+        with self._lock:
+            self._children.add(process)
+            if self._stopping:
+                _terminate(process)
+
+
+class Daemon:
+    """One scheduler on one database, until it is stopped."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        launcher: Launcher,
+        *,
+        stop_children: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._stop_children = stop_children
+        self._jobs = TrainerJobs(settings, database, launcher)
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Work until `stop` is called or the lease is lost. Raises ConflictError when another daemon works."""
+        free_if_dead(self._database, LEASE_NAME)
+        holder = str(Holder.of("scion trainer"))
+        with HeldLease(self._database, LEASE_NAME, holder, ttl_s=LEASE_TTL_S) as lease:
+            scheduler = self._scheduler()
+            jobs_module.set_current(self._jobs)
+            scheduler.start()
+            try:
+                self._schedule(scheduler)
+                while not self._stop.wait(1.0):
+                    if lease.lost.is_set():
+                        logger.error("the scheduler's lease was lost to another daemon; ending")
+                        break
+            finally:
+                scheduler.pause()
+                self._stop_children()
+                scheduler.shutdown(wait=True)
+                jobs_module.set_current(None)
+
+    def stop(self) -> None:
+        """End `run` soon: no new runs, and the children are asked to stop."""
+        self._stop.set()
+
+    def _scheduler(self) -> BackgroundScheduler:
+        return BackgroundScheduler(
+            jobstores={"default": SQLAlchemyJobStore(engine=self._database.engine, tablename="scheduler_jobs")},
+            # One thread per adapter: adapters may train side by side, and a count of ratings never waits for a run.
+            executors={"default": ThreadPoolExecutor(2 * len(self._settings.adapters) + 1)},
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": MISFIRE_GRACE_S},
+            timezone=UTC,
+        )
+
+    def _schedule(self, scheduler: BackgroundScheduler) -> None:
+        """Bring the stored jobs in line with the configuration, keeping the next times of those that did not change."""
+        wanted: dict[str, _Job] = {"resume": (jobs_module.resume_unfinished, None, ())}
+        for plan in plans(self._settings):
+            wanted.update(self._plan_jobs(plan))
+        for job in scheduler.get_jobs():
+            if job.id not in wanted:
+                job.remove()
+        for job_id, (function, trigger, arguments) in wanted.items():
+            stored = scheduler.get_job(job_id)
+            if stored is not None and trigger is not None and str(stored.trigger) == str(trigger):
+                continue
+            scheduler.add_job(
+                function,
+                trigger,
+                args=list(arguments),
+                id=job_id,
+                name=job_id,
+                replace_existing=True,
+                **({"next_run_time": datetime.now(UTC)} if isinstance(trigger, IntervalTrigger) else {}),
+            )
+
+    def _plan_jobs(self, plan: Plan) -> dict[str, _Job]:
+        found: dict[str, _Job] = {}
+        if plan.schedule is not None:
+            found[f"schedule:{plan.adapter}"] = (
+                jobs_module.run_scheduled,
+                cron_trigger(plan.schedule),
+                (plan.adapter,),
+            )
+        if plan.min_new_ratings is not None:
+            seconds = self._settings.trainer.check_interval_s
+            found[f"ratings:{plan.adapter}"] = (
+                jobs_module.check_ratings,
+                IntervalTrigger(seconds=seconds, timezone=UTC),
+                (plan.adapter,),
+            )
+        return found
+
+
+def cron_trigger(expression: str) -> CronTrigger:
+    """`minute hour day month weekday` in UTC. Raises InvalidInputError."""
+    try:
+        return CronTrigger.from_crontab(expression, timezone=UTC)
+    except ValueError as error:
+        raise InvalidInputError(
+            f'schedule = {expression!r}: {error}; expected five fields such as "0 3 * * *" (daily at 03:00 UTC)',
+            field="trainer.schedule",
+        ) from error
+
+
+def run_daemon(settings: Settings, database: Database) -> None:
+    """The daemon until SIGTERM or SIGINT."""
+    launcher = ChildLauncher(settings, database)
+    daemon = Daemon(settings, database, launcher, stop_children=launcher.stop)
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        daemon.stop()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        daemon.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _terminate(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)

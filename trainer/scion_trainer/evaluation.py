@@ -1,0 +1,248 @@
+"""One evaluation of one version, from the lease to the verdict: load it on every server, run the gates, report, decide.
+
+Owns the order of things and the clean-up. What is measured, and what is good enough, stands in gates/; how a verdict
+becomes a state stands in the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from scion_adapters import events, tables
+from scion_adapters.clock import Clock, new_id, now
+from scion_adapters.database import Database
+from scion_adapters.errors import ConflictError, NotFoundError, UnavailableError
+from scion_adapters.fingerprint import BaseInfo, base_info
+from scion_adapters.leases import HeldLease
+from scion_adapters.records import BASE_NUMBER, Version, VersionRef, VersionState
+from scion_adapters.registry import Registry
+from scion_adapters.replicas import ReplicaLedger, heartbeat_ttl_s, wait_until_loaded
+from scion_adapters.routing import load_routing
+from scion_adapters.settings import Settings
+from scion_feedback.snapshots import Snapshot, load_snapshot
+from scion_trainer.chat_tokens import ChatTokens, load_chat_tokens
+from scion_trainer.gates import GATES
+from scion_trainer.gates.retention import load_items
+from scion_trainer.gates.types import Gate, GateContext, GateResult, Models, Progress, Verdict
+from scion_trainer.report import Report, overall, write_report
+from scion_trainer.server_client import ModelServer, ServerClient
+
+
+def evaluate(
+    settings: Settings,
+    ref: VersionRef,
+    *,
+    database: Database,
+    registry: Registry,
+    snapshot: Snapshot | None = None,
+    actor: str = "gates",
+    progress: Progress = lambda what, done, total: None,
+    clock: Clock = now,
+    server: ModelServer | None = None,
+    tokens: ChatTokens | None = None,
+    gates: Sequence[Gate] = GATES,
+) -> Report:
+    """Evaluate `ref`, write its report, and accept or reject it if it is a candidate. Returns the report.
+
+    `snapshot` None: the one that the version was trained on, if there is one. A candidate whose servers are away stays
+    a candidate: the report's verdict is then `unmeasurable` and its reason the remedy. An accepted version keeps its
+    state.
+
+    Raises NotFoundError for an unknown version, ConflictError when it is rejected, retired or being evaluated already.
+    """
+    version = registry.version(ref)
+    if version.state not in (VersionState.CANDIDATE, VersionState.ACCEPTED):
+        raise ConflictError(
+            f"{ref} is {version.state.value} ({version.reason or 'no reason kept'}); publish a new version instead"
+        )
+    with HeldLease(database, f"evaluation:{ref}", new_id("evaluation")) as lease, ExitStack() as stack:
+        started = clock()
+        snapshot = snapshot or _own_snapshot(database, version)
+        base = base_info(settings)
+        parent = _comparable_parent(registry, version)
+        if server is None:
+            keys = {str(v.ref): v.evaluation_key for v in (version, parent) if v is not None}
+            server = stack.enter_context(ServerClient(settings, evaluation_keys=keys))
+        context = GateContext(
+            settings=settings,
+            version=version,
+            artifact=lambda: registry.store.path(version.digest),
+            verify_artifact=lambda: registry.store.verify(version.digest),
+            base_info=base,
+            models=Models(
+                candidate=str(ref),
+                parent=str(parent.ref) if parent else settings.base.served_name,
+                base=settings.base.served_name,
+            ),
+            server=server,
+            tokens=tokens or load_chat_tokens(settings),
+            rows=snapshot.rows if snapshot else (),
+            retention=load_items(settings),
+            seed=settings.trainer.seed,
+            progress=progress,
+        )
+        results, away = _run_gates(gates, context, registry, database, parent, clock)
+        verdict, reason = overall(results, away=away)
+        report = Report(
+            ref=ref,
+            verdict=verdict,
+            reason=reason,
+            gates=tuple(results),
+            created_at=started,
+            seconds=clock() - started,
+            lineage=_lineage(database, version, parent, snapshot, base),
+        )
+        write_report(report, registry.store.report_path(ref))
+        registry.store.sync_report(ref)
+        if lease.lost.is_set():
+            raise ConflictError(f"the evaluation of {ref} lost its lease, another one may run; evaluate it again")
+        _conclude(report, version, registry, database, actor, clock)
+        return report
+
+
+def _run_gates(
+    gates: Sequence[Gate],
+    context: GateContext,
+    registry: Registry,
+    database: Database,
+    parent: Version | None,
+    clock: Clock,
+) -> tuple[list[GateResult], str | None]:
+    """The results, and why the serving engine could not be asked if it could not. A broken artifact is never loaded."""
+    results = [gate.run(context) for gate in gates if not gate.needs_server]
+    if any(result.verdict is Verdict.FAIL for result in results):
+        return results, None
+    remaining = [gate for gate in gates if gate.needs_server]
+    try:
+        with _loaded(context, registry, database, parent, clock):
+            context = replace(context, max_length=_max_length(context))
+            while remaining:
+                results.append(remaining[0].run(context))
+                remaining.pop(0)
+    except (UnavailableError, NotFoundError) as error:
+        away = f"{error}. Then run: scion evaluate {context.version.ref}"
+        results += [
+            GateResult(gate.name, Verdict.UNMEASURABLE, "the serving engine could not be asked") for gate in remaining
+        ]
+        return results, away
+    return results, None
+
+
+@contextmanager
+def _loaded(
+    context: GateContext, registry: Registry, database: Database, parent: Version | None, clock: Clock
+) -> Iterator[None]:
+    """Candidate and parent are loaded on every live server while this is open, and asked for no longer than that."""
+    settings = context.settings
+    ledger = ReplicaLedger(database, clock)
+    ttl_s = heartbeat_ttl_s(settings)
+    live = ledger.live(ttl_s)
+    if not live:
+        raise UnavailableError("no server of ours is running: start one with `scion serve`")
+    for replica in live:
+        if replica.base_fingerprint and replica.base_fingerprint != context.base_info.fingerprint:
+            raise UnavailableError(
+                f"server {replica.id} serves another base than base.model: restart it with this configuration"
+            )
+    needed = [version for version in (context.version, parent) if version is not None]
+    with ExitStack() as stack:
+        for version in needed:
+            stack.callback(_ask_servers_to_load(version, registry, database))
+        for step, version in enumerate(needed):
+            context.progress(f"loading {version.ref}", step, len(needed))
+            wait_until_loaded(ledger, version.lora_id, timeout_s=settings.gates.server_timeout_s, ttl_s=ttl_s)
+        yield
+
+
+def _ask_servers_to_load(version: Version, registry: Registry, database: Database) -> Callable[[], None]:
+    """Returns what undoes it. Versions that serve, or have an alias, are loaded anyway."""
+    ref, actor = version.ref, "gates"
+    if version.state is VersionState.CANDIDATE:
+        registry.request_evaluation(ref)
+        return lambda: registry.finish_evaluation(ref)
+    if version.lora_id in load_routing(database).wanted:
+        return lambda: None
+    alias = f"evaluation-{ref.number}"
+    registry.set_alias(ref.adapter, alias, ref.number, actor=actor, reason="being evaluated, or compared with")
+    return lambda: registry.remove_alias(ref.adapter, alias, actor=actor, reason="evaluated")
+
+
+def _max_length(context: GateContext) -> int:
+    """Tokens that prompt and answer may have together: what runs train on, within what the server takes."""
+    configured, served = context.settings.trainer.max_length, context.server.max_length()
+    return min(configured, served) if served else configured
+
+
+def _comparable_parent(registry: Registry, version: Version) -> Version | None:
+    """The parent, or None for the base: then the candidate is compared with the base itself."""
+    if version.parent == BASE_NUMBER:
+        return None
+    parent = registry.version(VersionRef(version.adapter, version.parent))
+    return parent if parent.state is VersionState.ACCEPTED else None
+
+
+def _own_snapshot(database: Database, version: Version) -> Snapshot | None:
+    if version.snapshot_id is None:
+        return None
+    with database.read() as connection:
+        query = sa.select(tables.snapshots.c.path).where(tables.snapshots.c.id == version.snapshot_id)
+        path = connection.execute(query).scalar()
+    if path is None:
+        return None
+    try:
+        return load_snapshot(path)
+    except NotFoundError:  # cleaned up, or on another host: the held-out gate then says that it could not measure
+        return None
+
+
+def _lineage(
+    database: Database, version: Version, parent: Version | None, snapshot: Snapshot | None, base: BaseInfo
+) -> Mapping[str, Any]:
+    run: Mapping[str, Any] = {}
+    if version.run_id is not None:
+        with database.read() as connection:
+            row = (
+                connection.execute(sa.select(tables.runs).where(tables.runs.c.id == version.run_id)).mappings().first()
+            )
+        run = {"config": row["config"], "metrics": row["metrics"]} if row else {}
+    return {
+        "digest": version.digest,
+        "rank": version.rank,
+        "parent": f"{version.adapter}:{version.parent}" if version.parent else "base",
+        "compared_with": str(parent.ref) if parent else "base",
+        "base_fingerprint": base.fingerprint,
+        "recipe": version.recipe,
+        "run": version.run_id,
+        "snapshot": snapshot.id if snapshot else version.snapshot_id,
+        "snapshot_rows": len(snapshot.rows) if snapshot else None,
+        "snapshot_manifest": dict(snapshot.manifest) if snapshot else None,
+        "created_by": version.created_by,
+        **run,
+    }
+
+
+def _conclude(
+    report: Report, version: Version, registry: Registry, database: Database, actor: str, clock: Clock
+) -> None:
+    with database.write() as connection:
+        events.record(
+            connection,
+            clock(),
+            "version.evaluated",
+            actor=actor,
+            reason=report.reason,
+            adapter=version.adapter,
+            number=version.number,
+            data={"verdict": report.verdict.value, "figures": report.figures},
+        )
+    if version.state is not VersionState.CANDIDATE:
+        return
+    if report.verdict is Verdict.PASS:
+        registry.accept(version.ref, actor=actor, reason=report.reason, metrics=report.figures)
+    elif report.verdict is Verdict.FAIL:
+        registry.reject(version.ref, actor=actor, reason=report.reason)

@@ -1,0 +1,144 @@
+"""The retention gate: a fixed set of answers must stay likely. It catches forgetting and broken weights.
+
+The answer is forced to begin with a given prefix ("The capital of France is"), so that a change of manner does not
+count as forgetting. A drop is log p(before) - log p(candidate), mean per token of the answer, in nats. Only what the
+base knows can be forgotten: on the demo base, random weights raised the log-prob of unknown answers from -16 to -13 and
+would have hidden any damage in the mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from scion_adapters.errors import InvalidInputError
+from scion_adapters.settings import Settings
+from scion_trainer.gates.types import Bound, GateContext, GateResult, RetentionItem, Verdict, judge_bounds
+
+NUM_WORST = 5
+KNOWN_LOGPROB = -2.0
+"""Nats per token: an answer that is likelier than this under the base is known to it."""
+MIN_KNOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """How likely one item's answer is under the three models: mean log-prob per token."""
+
+    item: RetentionItem
+    base: float
+    parent: float
+    candidate: float
+
+
+class RetentionGate:
+    name = "retention"
+    needs_server = True
+
+    def run(self, context: GateContext) -> GateResult:
+        return decide(measure(context), max_drop=context.bounds.retention_max_drop)
+
+
+def load_items(settings: Settings) -> tuple[RetentionItem, ...]:
+    """The configured file, else the general set that ships with this package. InvalidInputError names the bad line."""
+    named = settings.gates.retention_file
+    if named is None:
+        text = (resources.files("scion_trainer") / "data" / "retention.jsonl").read_text("utf-8")
+        return parse_items(text, origin="the built-in retention set")
+    path = settings.path(named)
+    try:
+        return parse_items(Path(path).read_text("utf-8"), origin=str(path))
+    except OSError as error:
+        raise InvalidInputError(
+            f"gates.retention_file {path}: {error.strerror}", field="gates.retention_file"
+        ) from error
+
+
+def parse_items(text: str, *, origin: str) -> tuple[RetentionItem, ...]:
+    """One JSON object per line: {"messages": [...], "prefix": "...", "answer": "..."}; the prefix may be left out."""
+    items = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            item = RetentionItem(tuple(row["messages"]), str(row.get("prefix", "")), str(row["answer"]))
+            usable = bool(item.answer) and all(isinstance(message["role"], str) for message in item.messages)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            usable = False
+        if not usable or not item.messages:
+            expected = '{"messages": [{"role": "user", "content": "…"}], "prefix": "…", "answer": "…"}'
+            raise InvalidInputError(f"{origin}, line {number}: expected {expected}", field="gates.retention_file")
+        items.append(item)
+    if not items:
+        raise InvalidInputError(f"{origin} has no rows", field="gates.retention_file")
+    return tuple(items)
+
+
+def measure(context: GateContext) -> list[Recall]:
+    """Items that do not fit the server's length are left out."""
+    forced = [(item, context.tokens.forced(item.messages, item.prefix, item.answer)) for item in context.retention]
+    fitting = [(item, pair) for item, pair in forced if len(pair[0]) + len(pair[1]) < context.max_length]
+    pairs = [pair for _, pair in fitting]
+    models = context.models
+    means: dict[str, list[float]] = {}
+    for step, model in enumerate(dict.fromkeys((models.base, models.parent, models.candidate))):
+        context.progress("retention set", step, 3)
+        means[model] = [float(np.mean(logprobs)) for logprobs in context.server.score(model, pairs)]
+    context.progress("retention set", 3, 3)
+    return [
+        Recall(item, means[models.base][i], means[models.parent][i], means[models.candidate][i])
+        for i, (item, _) in enumerate(fitting)
+    ]
+
+
+def decide(recalls: Sequence[Recall], *, max_drop: float) -> GateResult:
+    """Pure. Fail when the mean drop against the base or against the parent is above `max_drop`.
+
+    Both, because one step from a drifted parent can be small, and a parent better than the base can be wrecked back.
+    Unmeasurable when the base knows too little of the set.
+    """
+    num_items = len(recalls)
+    recalls = [recall for recall in recalls if recall.base >= KNOWN_LOGPROB]
+    if len(recalls) < MIN_KNOWN:
+        reason = (
+            f"the base knows {len(recalls)} of {num_items} items, at least {MIN_KNOWN} are needed: "
+            "set gates.retention_file to questions that this base can answer"
+        )
+        return GateResult(
+            "retention", Verdict.UNMEASURABLE, reason, {"known": float(len(recalls)), "items": float(num_items)}
+        )
+    from_base = [recall.base - recall.candidate for recall in recalls]
+    from_parent = [recall.parent - recall.candidate for recall in recalls]
+    figures = {
+        "drop_from_base": float(np.mean(from_base)),
+        "drop_from_parent": float(np.mean(from_parent)),
+        "base_logprob": float(np.mean([recall.base for recall in recalls])),
+        "candidate_logprob": float(np.mean([recall.candidate for recall in recalls])),
+        "known": float(len(recalls)),
+        "items": float(num_items),
+    }
+    worst = sorted(zip(from_base, recalls, strict=True), key=lambda pair: -pair[0])[:NUM_WORST]
+    bounds = (Bound("drop_from_base", high=max_drop), Bound("drop_from_parent", high=max_drop))
+    return judge_bounds(
+        "retention",
+        figures,
+        bounds,
+        drops_from_base=from_base,
+        worst=[
+            {
+                "question": str(recall.item.messages[-1].get("content", "")),
+                "prefix": recall.item.prefix,
+                "answer": recall.item.answer,
+                "base": recall.base,
+                "candidate": recall.candidate,
+                "drop": drop,
+            }
+            for drop, recall in worst
+        ],
+    )

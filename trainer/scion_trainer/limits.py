@@ -1,0 +1,56 @@
+"""The surroundings of a training process, set before torch reads them: cores, threads, output."""
+
+from __future__ import annotations
+
+import os
+
+from scion_adapters.errors import InvalidInputError
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+_QUIET = {
+    "TQDM_DISABLE": "1",  # a run shows one progress, its own
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def parse_cores(text: str) -> frozenset[int]:
+    """`"0,2-3"` -> {0, 2, 3}. Raises InvalidInputError for anything else."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isascii() and first.isdigit() and (not dash or (last.isascii() and last.isdigit()))):
+            raise InvalidInputError(
+                f'trainer.cores = {text!r}: expected core numbers such as "2-3" or "0,2"', field="trainer.cores"
+            )
+        cores.update(range(int(first), int(last if dash else first) + 1))
+    if not cores:
+        raise InvalidInputError(
+            f'trainer.cores = {text!r}: the range is empty; write it as "2-3"', field="trainer.cores"
+        )
+    return frozenset(cores)
+
+
+def bind_process(cores: str | None, threads: int | None) -> None:
+    """Bind this process to `cores` (Linux) and its libraries to `threads`; None leaves things as they are."""
+    if cores is not None and hasattr(os, "sched_setaffinity"):
+        wanted = parse_cores(cores)
+        allowed = os.sched_getaffinity(0)
+        if not wanted & allowed:
+            raise InvalidInputError(
+                f"trainer.cores = {cores!r}: this machine allows the cores {sorted(allowed)}", field="trainer.cores"
+            )
+        os.sched_setaffinity(0, wanted & allowed)
+        threads = threads or len(wanted & allowed)
+    if threads is not None:
+        for variable in _THREAD_VARIABLES:
+            os.environ[variable] = str(threads)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notices off stderr, unless the environment asks for them."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)

@@ -1,0 +1,119 @@
+"""Memory before time: what a run will need at its peak, and what there is, before anything large is loaded.
+
+Owns the estimate, as pure arithmetic on the base's shapes, and the reading of what is available (machine and cgroup).
+The estimate is meant to be right within a factor of about 1.5 and to refuse only what cannot fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from scion_adapters.errors import UnavailableError
+from scion_adapters.fingerprint import BaseInfo
+from scion_trainer.config import RunConfig
+
+GIB = 1 << 30
+RUNTIME_BYTES = 700 << 20
+"""torch, transformers, TRL and the tokenizer before any weight is loaded: 0.6 to 0.7 GiB measured on the CPU build."""
+NF4_BYTES_PER_WEIGHT = 0.5 + 0.127 / 8
+"""4 bits, plus double-quantized scales: 0.127 bits per weight (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
+CHECKPOINTING_ABOVE_BYTES = 1 * GIB
+"""Activations larger than this are recomputed in the backward (a fifth slower) instead of kept."""
+
+_LORA_BYTES = 4 + 4 + 4 + 4  # weight, gradient and Adam's two moments, all fp32
+_KEPT_PER_WEIGHT_ROW = 2  # a linear layer keeps its bf16 input; attention and norms are covered by ACTIVATION_SLACK
+_ACTIVATION_SLACK = 2.5
+_LOGIT_BYTES = 2 + 4 + 4  # bf16 logits, their fp32 copy and its gradient
+
+
+class OutOfMemoryError(UnavailableError, MemoryError):
+    """The run does not fit into memory, or was killed for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Peak bytes of a run, by what takes them."""
+
+    base_bytes: int
+    adapter_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+    gradient_checkpointing: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return self.base_bytes + self.adapter_bytes + self.activation_bytes + self.runtime_bytes
+
+
+def estimate(
+    base: BaseInfo, config: RunConfig, *, quantized: bool, rank: int, micro_batch_size: int, longest_tokens: int
+) -> Estimate:
+    """What a run takes at its peak. `longest_tokens` is the longest example, prompt and answer together."""
+    linear = sum(out * inner for out, inner in base.modules.values())
+    hidden = min((inner for _, inner in base.modules.values()), default=0)
+    embeddings = 2 * base.vocab_size * hidden * 2  # input and output, bf16; tied ones are counted twice
+    base_bytes = int(linear * (NF4_BYTES_PER_WEIGHT if quantized else 2)) + embeddings
+    targets = [shape for name, shape in base.modules.items() if name.rsplit(".", 1)[-1] in config.target_modules]
+    adapter_bytes = sum(rank * (out + inner) for out, inner in targets) * _LORA_BYTES
+    tokens = micro_batch_size * longest_tokens
+    inputs = sum(inner for _, inner in base.modules.values())
+    kept = int(tokens * inputs * _KEPT_PER_WEIGHT_ROW * _ACTIVATION_SLACK)
+    checkpointing = kept > CHECKPOINTING_ABOVE_BYTES
+    if checkpointing:  # one hidden state per layer, and one layer at a time in full
+        kept = kept // max(1, base.num_layers) + tokens * hidden * 2 * base.num_layers
+    activation_bytes = kept + tokens * base.vocab_size * _LOGIT_BYTES
+    return Estimate(base_bytes, adapter_bytes, activation_bytes, RUNTIME_BYTES, checkpointing)
+
+
+def check_fits(predicted: Estimate, available_bytes: int, *, micro_batch_size: int, longest_tokens: int) -> None:
+    """Raises OutOfMemoryError with the remedy when the estimate is more than there is."""
+    if predicted.total_bytes <= available_bytes:
+        return
+    raise OutOfMemoryError(
+        f"this run needs about {gib(predicted.total_bytes)} (base {gib(predicted.base_bytes)}, "
+        f"adapter and optimizer {gib(predicted.adapter_bytes)}, activations {gib(predicted.activation_bytes)} "
+        f"for {micro_batch_size} examples of up to {longest_tokens} tokens at once) "
+        f"and {gib(available_bytes)} are available: "
+        "lower trainer.micro_batch_size or trainer.max_length, stop other processes, or use a larger machine"
+    )
+
+
+def available_bytes(device_type: str = "cpu") -> int:
+    """Bytes that this process may take: of the GPU for "cuda", else of the machine or its cgroup, whichever is less."""
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    own = psutil.Process().memory_info().rss  # the estimate counts what this process has loaded already
+    return min(int(psutil.virtual_memory().available), cgroup_available()) + own
+
+
+def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the container's limit leaves, for cgroup 2 and 1; a very large number without a limit."""
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = (root / limit_file).read_text().strip(), (root / usage_file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit() and usage.isdigit():
+            return max(0, int(limit) - int(usage))
+    return 1 << 62
+
+
+def killed_message(signal_name: str) -> str:
+    """What to say of a child that a signal ended, SIGKILL being what the kernel sends when memory is short."""
+    return (
+        f"the training process was ended by {signal_name}: if nobody did that, the machine ran out of memory "
+        "(see `dmesg`). Free memory and go on with --resume, or lower trainer.micro_batch_size or trainer.max_length "
+        "and start a new run"
+    )
+
+
+def gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.2f} GiB"

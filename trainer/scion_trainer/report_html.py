@@ -1,0 +1,181 @@
+"""A report as one self-contained page: no script, no request to anywhere, readable in ten years.
+
+Owns the page's text and looks; the plots are drawn in report_plots.py. All text from users or models is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+from scion_trainer.gates.types import Bound, GateResult, Verdict
+from scion_trainer.report import Report
+from scion_trainer.report_plots import plot_heldout, plot_lengths, plot_retention
+
+_VERDICTS: Mapping[Verdict, str] = {
+    Verdict.PASS: "passed",
+    Verdict.FAIL: "rejected",
+    Verdict.INCONCLUSIVE: "inconclusive",
+    Verdict.UNMEASURABLE: "could not be measured",
+}
+_PLOTS: Sequence[tuple[str, str, Callable[[GateResult], str | None]]] = (
+    ("heldout", "Held-out ratings: what became likelier", plot_heldout),
+    ("retention", "Retention: what became less likely", plot_retention),
+    ("behaviour", "Length of the answers", plot_lengths),
+)
+_CSS = """
+:root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --paper: #fff; --ground: #f5f7f6;
+  --pass: #2f6f4f; --fail: #b4483a; --inconclusive: #a56a00; --unmeasurable: #52606d; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 15px/1.55 Inter, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 32px 24px 64px; }
+h1 { font-size: 28px; margin: 0 0 4px; }
+h2 { font-size: 18px; margin: 40px 0 12px; }
+p.when { color: var(--muted); margin: 0 0 20px; }
+section.verdict { background: var(--paper); border: 1px solid var(--line); border-left: 6px solid var(--tone);
+  border-radius: 8px; padding: 16px 20px; }
+section.verdict strong { color: var(--tone); font-size: 20px; }
+section.verdict p { margin: 4px 0 0; overflow-wrap: anywhere; }
+.pass { --tone: var(--pass); } .fail { --tone: var(--fail); }
+.inconclusive { --tone: var(--inconclusive); } .unmeasurable { --tone: var(--unmeasurable); }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: 9px 14px; border-top: 1px solid var(--line); }
+thead th { border-top: 0; color: var(--muted); font-size: 12px; font-weight: 600; text-transform: uppercase;
+  letter-spacing: .04em; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.broken { color: var(--fail); font-weight: 600; }
+tr.gate td { background: #fafbfb; }
+tr.gate strong { font-size: 15px; }
+.badge { display: inline-block; padding: 1px 10px; border-radius: 99px; color: #fff; background: var(--tone);
+  font-size: 12px; font-weight: 600; white-space: nowrap; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; }
+figure { margin: 0; padding: 14px 16px 8px; }
+figcaption { font-weight: 600; margin-bottom: 6px; }
+svg { width: 100%; height: auto; display: block; }
+td.said { width: 26%; white-space: pre-wrap; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 24px; margin: 0; padding: 16px 20px; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
+.muted { color: var(--muted); }
+"""
+
+
+def render_html(report: Report) -> str:
+    """The whole page."""
+    when = datetime.fromtimestamp(report.created_at, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    title = f"{report.ref}: {_VERDICTS[report.verdict]}"
+    body = [
+        f"<h1>{escape(str(report.ref))}</h1>",
+        f'<p class="when">Evaluated {when}, in {report.seconds:.1f} s</p>',
+        f'<section class="verdict {report.verdict.value}"><strong>{escape(_VERDICTS[report.verdict])}</strong>'
+        f"<p>{escape(report.reason)}</p></section>",
+        "<h2>Gates</h2>",
+        _gate_table(report.gates),
+        _plots(report),
+        _samples(report.gate("behaviour")),
+        _worst(report.gate("retention")),
+        "<h2>Where it comes from</h2>",
+        _lineage(report.lineage),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_CSS}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _gate_table(gates: Sequence[GateResult]) -> str:
+    rows = []
+    for gate in gates:
+        badge = f'<span class="badge {gate.verdict.value}">{escape(gate.verdict.value)}</span>'
+        rows.append(
+            f'<tr class="gate"><td><strong>{escape(gate.name)}</strong></td><td colspan="2">{escape(gate.reason)}</td>'
+            f"<td>{badge}</td></tr>"
+        )
+        bounds = {bound.figure: bound for bound in gate.bounds}
+        for name, value in gate.figures.items():
+            rows.append(_figure_row(name, value, bounds.get(name)))
+    head = "<thead><tr><th>Gate</th><th>Figure</th><th>Bound</th><th>Verdict</th></tr></thead>"
+    return f'<div class="card"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _figure_row(name: str, value: float, bound: Bound | None) -> str:
+    broken = bound is not None and not bound.holds(value)
+    label = escape(name.replace("_", " "))
+    allowed = escape(bound.describe()) if bound else ""
+    mark = "outside" if broken else "within" if bound else ""
+    return (
+        f'<tr><td class="muted">{label}</td><td class="number{" broken" if broken else ""}">{_number(value)}</td>'
+        f'<td class="muted">{allowed}</td><td class="{"broken" if broken else "muted"}">{mark}</td></tr>'
+    )
+
+
+def _plots(report: Report) -> str:
+    cards = []
+    for name, caption, draw in _PLOTS:
+        gate = report.gate(name)
+        svg = draw(gate) if gate else None
+        if svg:
+            cards.append(f'<figure class="card"><figcaption>{escape(caption)}</figcaption>{svg}</figure>')
+    return f'<h2>Plots</h2><div class="plots">{"".join(cards)}</div>' if cards else ""
+
+
+def _samples(gate: GateResult | None) -> str:
+    samples = gate.details.get("samples") if gate else None
+    if not samples:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(sample['prompt'])}</td>"
+        + "".join(f'<td class="said">{escape(sample[model]) or "<em>(empty)</em>"}</td>' for model in _MODELS)
+        + "</tr>"
+        for sample in samples
+    )
+    head = "<thead><tr><th>Prompt</th>" + "".join(f"<th>{model}</th>" for model in _MODELS) + "</tr></thead>"
+    return f'<h2>Answers, greedy</h2><div class="card"><table>{head}<tbody>{rows}</tbody></table></div>'
+
+
+def _worst(gate: GateResult | None) -> str:
+    worst = gate.details.get("worst") if gate else None
+    if not worst:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(item['question'])}</td>"
+        f'<td><span class="muted">{escape(item["prefix"])}</span>{escape(item["answer"])}</td>'
+        f'<td class="number">{item["base"]:.3f}</td><td class="number">{item["candidate"]:.3f}</td>'
+        f'<td class="number">{item["drop"]:+.3f}</td></tr>'
+        for item in worst
+    )
+    head = "<thead><tr><th>Question</th><th>Answer</th><th>Base</th><th>Candidate</th><th>Drop</th></tr></thead>"
+    return (
+        "<h2>Most forgotten items</h2><p class='muted'>Mean log-prob per token of the answer, once the assistant has "
+        f'begun with the grey part.</p><div class="card"><table>{head}<tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _lineage(lineage: Mapping[str, Any]) -> str:
+    items = "".join(
+        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_shown(value))}</dd>"
+        for name, value in lineage.items()
+        if value is not None
+    )
+    return f'<div class="card"><dl>{items}</dl></div>'
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " · ".join(f"{key} {_shown(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(item) for item in value)
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+_MODELS = ("base", "parent", "candidate")

@@ -1,0 +1,123 @@
+"""The plots of a report, as SVG text to be put into a page.
+
+Owns how figures are drawn, and nothing else. Drawn without pyplot: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from scion_trainer.gates.types import GateResult
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+CANDIDATE, PARENT, GOOD, BAD = "#2f6f4f", "#9aa5b1", "#2f6f4f", "#b4483a"
+_STYLE: Mapping[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "svg.hashsalt": "scion",  # the same figures give the same bytes
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Segoe UI", "Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+}
+
+
+def plot_lengths(gate: GateResult) -> str | None:
+    """Answer lengths of parent and candidate, or None when they were not measured."""
+    lengths = gate.details.get("lengths")
+    if not lengths:
+        return None
+    longest = max(max(lengths["parent"]), max(lengths["candidate"]), 1)
+    edges = _edges(longest)
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        styles = {"bins": edges, "alpha": 0.75}
+        axes.hist(lengths["parent"], color=PARENT, label="parent", **styles)
+        axes.hist(lengths["candidate"], color=CANDIDATE, label="candidate", **styles)
+        axes.set_xlabel("tokens per answer")
+        axes.set_ylabel("answers")
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def plot_heldout(gate: GateResult) -> str | None:
+    """Every held-out answer's shift, liked and disliked apart, with the two means."""
+    liked, disliked = gate.details.get("liked_shifts"), gate.details.get("disliked_shifts")
+    if not liked or not disliked:
+        return None
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        for row, (values, colour) in enumerate(((disliked, BAD), (liked, GOOD))):
+            heights = [row + 0.28 * _spread(index) for index in range(len(values))]
+            axes.scatter(values, heights, s=16, color=colour, alpha=0.45, linewidths=0)
+            mean = sum(values) / len(values)
+            axes.plot([mean, mean], [row - 0.36, row + 0.36], color=colour, linewidth=2.5)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_yticks([0, 1], ["disliked", "liked"])
+        axes.set_ylim(-0.6, 1.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("likelier than under the parent (nats per token); bars: means")
+        return _svg(figure)
+
+
+def plot_retention(gate: GateResult) -> str | None:
+    """The retention items' drops in order, with the bound on their mean."""
+    drops = gate.details.get("drops_from_base")
+    if not drops:
+        return None
+    ordered = sorted(drops)
+    bound = next((b.high for b in gate.bounds if b.figure == "drop_from_base"), None)
+    mean = sum(ordered) / len(ordered)
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        axes.bar(
+            range(len(ordered)), ordered, width=1.0, color=[BAD if drop > 0 else GOOD for drop in ordered], alpha=0.6
+        )
+        axes.axhline(mean, color=INK, linewidth=1.5, label=f"mean {mean:+.3f}")
+        if bound is not None:
+            axes.axhline(bound, color=BAD, linewidth=1.2, linestyle="--", label=f"bound on the mean {bound:g}")
+            highest = max(ordered[-1], bound)
+            axes.set_ylim(min(ordered[0], -0.1 * highest) * 1.1, highest * 1.15)
+        axes.set_xticks([])
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("items that the base knows, from least to most forgotten")
+        axes.set_ylabel("nats per token less likely")
+        axes.legend(frameon=False, loc="upper left")
+        return _svg(figure)
+
+
+def _canvas() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.2, 3.0), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _edges(longest: int) -> Sequence[float]:
+    """At most 24 bins of whole tokens."""
+    width = max(1, -(-longest // 24))
+    return [edge - 0.5 for edge in range(0, longest + width + 1, width)]
+
+
+def _spread(index: int) -> float:
+    """-1..1, evenly and the same every time: the golden ratio's multiples never cluster."""
+    return 2 * (index * 0.618033988749895 % 1) - 1
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return re.sub(r'\s(width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2)
