@@ -15,11 +15,13 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
     Table,
     Text,
+    Unicode,
     UniqueConstraint,
 )
 
@@ -268,4 +270,12 @@ runs = Table(
     Column("updated_at", Float, nullable=False),
     Column("finished_at", Float),
     Index(None, "adapter", "created_at"),
+)
+
+scheduler_jobs = Table(  # APScheduler's own, exactly as its SQLAlchemyJobStore would make it
+    "scheduler_jobs",
+    metadata,
+    Column("id", Unicode(191), primary_key=True),
+    Column("next_run_time", Float(25), index=True),
+    Column("job_state", LargeBinary, nullable=False),
 )

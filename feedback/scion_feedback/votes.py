@@ -63,7 +63,7 @@ def adopt_early_votes(database: Database, users: Mapping[str, str]) -> None:
         for row in orphans:
             user = users[row.completion_id]
             connection.execute(sa.update(feedback).where(feedback.c.id == row.id).values(user_hash=user))
-        for row in []:
+        for row in orphans:
             _keep_last(connection, row.completion_id, row.choice_index, row.name, users[row.completion_id])
 
 

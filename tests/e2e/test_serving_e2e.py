@@ -99,7 +99,7 @@ def test_the_adapter_is_really_applied(world: ServerWorld) -> None:
     "options",
     [
         {},
-        {"n": 2, "seed": 1},  # several choices
+        {"n": 2, "temperature": 1.0},  # several choices
         {"logprobs": True, "top_logprobs": 2},
         {
             "tools": [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}],

@@ -20,11 +20,13 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
+from scion_adapters.clock import new_id
 from scion_adapters.database import Database
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.leases import HeldLease
 from scion_adapters.records import Run
 from scion_adapters.settings import Settings
+from scion_adapters.tables import scheduler_jobs
 from scion_trainer import scheduler as jobs_module
 from scion_trainer.followup import follow_up
 from scion_trainer.launch import Process, create_run, launch_run
@@ -112,7 +114,7 @@ class Daemon:
     def run(self) -> None:
         """Work until `stop` is called or the lease is lost. Raises ConflictError when another daemon works."""
         free_if_dead(self._database, LEASE_NAME)
-        holder = str(Holder.of("scion trainer"))
+        holder = str(Holder.of(new_id("daemon")))
         with HeldLease(self._database, LEASE_NAME, holder, ttl_s=LEASE_TTL_S) as lease:
             scheduler = self._scheduler()
             jobs_module.set_current(self._jobs)
@@ -135,7 +137,7 @@ class Daemon:
 
     def _scheduler(self) -> BackgroundScheduler:
         return BackgroundScheduler(
-            jobstores={"default": SQLAlchemyJobStore(engine=self._database.engine, tablename="scheduler_jobs")},
+            jobstores={"default": SQLAlchemyJobStore(engine=self._database.engine, tablename=scheduler_jobs.name)},
             # One thread per adapter: adapters may train side by side, and a count of ratings never waits for a run.
             executors={"default": ThreadPoolExecutor(2 * len(self._settings.adapters) + 1)},
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": MISFIRE_GRACE_S},

@@ -181,6 +181,16 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_runs_adapter_created_at"), ["adapter", "created_at"], unique=False)
 
     op.create_table(
+        "scheduler_jobs",
+        sa.Column("id", sa.Unicode(length=191), nullable=False),
+        sa.Column("next_run_time", sa.Float(precision=25), nullable=True),
+        sa.Column("job_state", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_scheduler_jobs")),
+    )
+    with op.batch_alter_table("scheduler_jobs", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_scheduler_jobs_next_run_time"), ["next_run_time"], unique=False)
+
+    op.create_table(
         "snapshots",
         sa.Column("id", sa.String(length=71), nullable=False),
         sa.Column("adapter", sa.String(length=64), nullable=False),
