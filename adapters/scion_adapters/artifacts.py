@@ -53,8 +53,8 @@ class StagedArtifact:
     entries: Mapping[str, Mapping[str, Any]]
 
 
-def list_files(directory: Path) -> dict[str, Path]:
-    """The files of an adapter directory by name.
+def list_files(directory: Path, *, stored: bool = False) -> dict[str, Path]:
+    """The files of an adapter directory by name; `stored`: of one of ours, beside whose files a manifest lies.
 
     Raises RejectedError: symlink, foreign_file, not_safetensors, empty, unreadable.
     """
@@ -68,7 +68,7 @@ def list_files(directory: Path) -> dict[str, Path]:
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISLNK(mode):
             raise RejectedError(f"{entry.name} is a symbolic link: copy the file itself", reason="symlink")
-        if entry.name in _IGNORED and stat.S_ISREG(mode):
+        if entry.name in (_IGNORED | {MANIFEST_FILE} if stored else _IGNORED) and stat.S_ISREG(mode):
             continue
         if entry.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
             raise RejectedError(

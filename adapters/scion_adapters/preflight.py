@@ -47,13 +47,14 @@ class AdapterInfo:
     num_parameters: int
 
 
-def check_adapter(directory: Path, base: BaseInfo, limits: AdapterLimits) -> AdapterInfo:
+def check_adapter(directory: Path, base: BaseInfo, limits: AdapterLimits, *, stored: bool = False) -> AdapterInfo:
     """What `directory` holds, or RejectedError whose `reason` names the check that refused it.
 
+    `stored` says that it is the store's own directory of an artifact, and not what somebody wants to publish.
     Reasons: symlink, foreign_file, not_safetensors, empty, unreadable, unsupported_config, wrong_base, unmatched_keys,
     missing_keys, target_not_allowed, wrong_shape, rank_mismatch, rank_too_high, non_finite, out_of_range.
     """
-    files = list_files(directory)
+    files = list_files(directory, stored=stored)
     config = parse_lora_config(_read_json(files[CONFIG_FILE]))
     if SCION_FILE in files:
         _check_base(_read_json(files[SCION_FILE]), base)

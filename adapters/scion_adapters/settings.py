@@ -128,18 +128,24 @@ class LoraSection(Section):
 class KtoSection(Section):
     """KTO: thumbs up and down (Ethayarajh et al., 2024)."""
 
-    learning_rate: float = Field(
-        5e-4, gt=0, description="Peak learning rate; lower it (5e-6 to 5e-5) for large models."
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; unset = 0.19 / hidden size of the base: 5e-5 for an 8B."
     )
-    epochs: float = Field(4.0, gt=0, description="Passes over the snapshot.")
-    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the parent version.")
+    epochs: float | None = Field(
+        None, gt=0, description="Passes over the snapshot; unset = 2400 / examples, at least 1 and at most 4."
+    )
+    beta: float | None = Field(
+        None, gt=0, description="Pull towards the parent; unset = 20 / mean answer tokens, at most 1."
+    )
     batch_size: int = Field(16, ge=2, description="Examples per optimizer step.")
 
 
 class SftSection(Section):
     """SFT: corrections and liked answers."""
 
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; unset = 0.8 / hidden size of the base: 2e-4 for an 8B."
+    )
     epochs: float = Field(3.0, gt=0, description="Passes over the snapshot.")
     batch_size: int = Field(16, ge=1, description="Examples per optimizer step.")
 
@@ -194,10 +200,11 @@ class GatesSection(Section):
     max_unfinished_share: float = Field(
         0.25, ge=0, le=1, description="Share of answers cut off at max_tokens, allowed beyond the base's own."
     )
-    max_kl_from_base: float = Field(
-        0.5,
-        gt=0,
-        description="Nats per token by which the candidate finds its own answers likelier than the base does.",
+    max_strange_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of answer tokens that the base gives less than 0.25%, allowed beyond that of its own.",
     )
     heldout_margin: float = Field(
         0.0,
@@ -208,7 +215,7 @@ class GatesSection(Section):
         description="JSON lines with messages, prefix and answer that must not be forgotten; unset = a general set.",
     )
     retention_max_drop: float = Field(
-        0.1,
+        0.12,
         gt=0,
         description="Nats per token by which the retention items that the base knows may become less likely.",
     )

@@ -1,6 +1,6 @@
 """What was answered, out of the bytes that left: the four routes' bodies and event streams, read into one form.
 
-Runs in the recorder's writer thread, never on the event loop. An answer is a list of choices in the chat form,
+Runs in the recorder, never on the event loop. An answer is a list of choices in the chat form,
 `{"index", "message" | "text", "finish_reason"}`, whatever the route. Knows nothing of vLLM's classes: it reads the
 wire.
 """

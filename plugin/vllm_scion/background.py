@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from scion_adapters import controller
 from scion_adapters.clock import Clock, new_id, now
 from scion_adapters.database import Database
+from scion_adapters.errors import ScionError
 from scion_adapters.leases import release, try_acquire
 from scion_adapters.records import Replica
 from scion_adapters.replicas import ReplicaLedger
@@ -94,10 +95,12 @@ class Background:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        if self._holds_lease:
-            await self._attempt("lease", lambda: release(self.database, CONTROLLER_LEASE, self.identity.id))
-        await self._attempt("report", lambda: self.ledger.remove(self.identity.id))
-        self._threads.shutdown(wait=False)
+        # A report that is still being written would bring the row back after its removal: let it end first.
+        await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        try:
+            await asyncio.to_thread(self._leave)
+        except ScionError as error:
+            logger.warning("could not leave the ledger (it is forgotten after %g s): %s", self.ttl_s, error)
 
     def wake(self) -> None:
         """The routing may have changed: look now instead of at the next poll."""
@@ -163,6 +166,11 @@ class Background:
         await asyncio.sleep(self.settings.poll_interval_s)
 
     # --- shared -------------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        if self._holds_lease:
+            release(self.database, CONTROLLER_LEASE, self.identity.id)
+        self.ledger.remove(self.identity.id)
 
     def _hold_lease(self) -> bool:
         return try_acquire(self.database, CONTROLLER_LEASE, self.identity.id, self.ttl_s)

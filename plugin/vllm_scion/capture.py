@@ -1,6 +1,7 @@
-"""One answer to be recorded: references to what the request left behind, turned into a record in the recorder's thread.
+"""One answer to be recorded: references to what the request left behind, turned into a record by the recorder.
 
 On the event loop a `Capture` costs an object; parsing, hashing and normalising happen in `build`, off the request path.
+It can be pickled, and building it needs nothing of vLLM or FastAPI: the recorder may live in a process of its own.
 Recorded requests have one form for all routes: `messages` in the chat form or a `prompt`, and the other parameters as
 sent.
 """
@@ -8,7 +9,8 @@ sent.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -16,7 +18,6 @@ from scion_adapters.clock import new_id
 from scion_adapters.routing import Assignment
 from scion_feedback.captures import CompletionRecord
 from vllm_scion.answers import CANCELLED, read_answer
-from vllm_scion.private_vllm import token_counts
 from vllm_scion.subject import user_of
 
 _NOT_RECORDED = frozenset(
@@ -44,31 +45,35 @@ class Hasher(Protocol):
 
 @dataclass(slots=True)
 class Capture:
-    """What is kept of an answer until it is recorded. `parts` is the body, or the list of chunks that were sent."""
+    """What is kept of an answer until it is recorded. `parts` is the body, or the list of chunks that were sent.
+
+    `token_counts` are (prompt, completion) as vLLM counted, for streams that do not carry them.
+    """
 
     route: str
     assignment: Assignment
     requested_model: str
     body: Mapping[str, Any]
     conversation: str | None
-    usage: Any
+    token_counts: tuple[int | None, int | None]
     parts: bytes | Sequence[str | bytes]
     stream: bool
     created_at: float
     latency_ms: float
     first_token_ms: float | None
     hasher: Hasher
+    record_id: str = field(default_factory=partial(new_id, "rec"))  # kept when the answer is handed over again
 
     def build(self) -> CompletionRecord | None:
         """The record, or None when the client left before the answer had an id: then there is nothing to rate."""
         answer = read_answer(self.route, self.parts, stream=self.stream)
         if answer is None:
             return None
-        prompt_tokens, completion_tokens = token_counts(self.usage)
+        prompt_tokens, completion_tokens = self.token_counts
         user = user_of(self.body)
         return CompletionRecord(
             id=answer.id[:255],
-            record_id=new_id("rec"),
+            record_id=self.record_id,
             adapter=self.assignment.ref.adapter,
             number=self.assignment.ref.number,
             probability=self.assignment.probability,

@@ -42,4 +42,5 @@ def register(app: typer.Typer) -> None:
         if (warning := launcher.warn_about_binding(settings.server.host, launch.arguments)) is not None:
             error_console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
         launcher.check_plugin()
+        launcher.check_surroundings(settings)
         launcher.become(launch)

@@ -15,12 +15,13 @@ from fastapi.routing import APIRoute
 
 from scion_adapters.errors import ScionError
 from scion_adapters.settings import Settings, load_settings
+from scion_feedback.recorder_process import open_recorder_process
 from vllm_scion import private_vllm
 from vllm_scion.gateway import Gateway
 from vllm_scion.metrics import Metrics, process_metrics
 from vllm_scion.routes_feedback import attach_feedback
 from vllm_scion.routes_models import attach_status, wrap_models
-from vllm_scion.runtime import EngineFacts, Runtime, open_runtime
+from vllm_scion.runtime import EngineFacts, OpenRecorder, Runtime, open_runtime
 from vllm_scion.serving import Serving
 
 logger = logging.getLogger("vllm_scion")
@@ -41,8 +42,14 @@ class ScionEndpointPlugin:
     name = "scion"
     required_tasks: tuple[str, ...] | None = ("generate",)
 
-    def __init__(self, settings: Settings | None = None, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        metrics: Metrics | None = None,
+        open_recorder: OpenRecorder = open_recorder_process,
+    ) -> None:
         self._settings = settings
+        self._open_recorder = open_recorder
         self.gateway = Gateway(Serving(), metrics or process_metrics())
         self.runtime: Runtime | None = None
 
@@ -74,7 +81,7 @@ class ScionEndpointPlugin:
         )
         try:
             settings = self._settings or load_settings()
-            self.runtime = await open_runtime(settings, self.gateway, engine)
+            self.runtime = await open_runtime(settings, self.gateway, engine, self._open_recorder)
         except ScionError as error:
             logger.error("vllm-scion cannot start: %s", error)  # above the traceback that vLLM prints
             raise

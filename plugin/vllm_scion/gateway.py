@@ -1,7 +1,7 @@
 """The hot path: one routed request, from the model name it asked for to the reference kept for recording.
 
 Wraps the endpoint of a completion route: assign a version, set `request.model` to it, call vLLM's own endpoint, keep
-what it answered. No I/O, no parsing and no waiting of its own; what recording costs is paid in the recorder's threads.
+what it answered. No I/O, no parsing and no waiting of its own; what recording costs is paid by the recorder.
 Knows nothing of the database or of how versions get loaded.
 """
 
@@ -22,7 +22,7 @@ from scion_adapters.routing import Assignment, assign
 from vllm_scion.capture import Capture, Hasher
 from vllm_scion.errors_http import explain, unavailable_response
 from vllm_scion.metrics import Metrics
-from vllm_scion.private_vllm import is_client_error, usage_holder
+from vllm_scion.private_vllm import is_client_error, token_counts
 from vllm_scion.serving import Flight, Serving
 from vllm_scion.subject import conversation_of, subject_of
 
@@ -180,7 +180,7 @@ class _Call:
             requested_model=self._model,
             body=self._body,
             conversation=conversation_of(self._body, self._request.headers),
-            usage=usage_holder(self._request),
+            token_counts=token_counts(self._request),
             parts=parts,
             stream=is_stream,
             created_at=self._created_at,

@@ -128,6 +128,8 @@ class Loader:
     metrics: Metrics
     run_in_thread: Callable[[Callable[[], str]], Awaitable[str]]
     slots: int
+    approve: Callable[[VersionRef], None] = lambda _: None
+    """Raises when the version must not be served by this engine; called in a thread before each load."""
     monotonic: Callable[[], float] = time.monotonic
     routing: Routing = field(init=False)
     loaded: dict[int, WantedVersion] = field(default_factory=dict)
@@ -174,6 +176,7 @@ class Loader:
 
     async def _load(self, version: WantedVersion) -> None:
         def prepare() -> str:
+            self.approve(version.ref)
             self.store.verify(version.digest)
             return str(self.store.path(version.digest))
 
@@ -208,6 +211,7 @@ class Loader:
             logger.exception("%s: the engine did not remove it; its slot stays taken until it is evicted", version.ref)
             return
         self.metrics["scion_adapter_unloads_total"].inc()
+        self.metrics["scion_in_flight_requests"].labels(version.ref.adapter, str(version.ref.number)).set(0)
         logger.info("unloaded %s (LoRA id %d)", version.ref, version.lora_id)
 
     def _failed(self, version: WantedVersion, error: Exception) -> None:

@@ -78,19 +78,14 @@ def _flatten(routes: Any) -> list[APIRoute]:
     return found
 
 
-def usage_holder(raw_request: Request) -> Any:
-    """An object whose `final_usage_info` holds the token counts once the answer is complete; None if vLLM left none.
+def token_counts(raw_request: Request) -> tuple[int | None, int | None]:
+    """(prompt, completion) tokens of a complete answer, as vLLM counted them; Nones if it left none.
 
     Private: `raw_request.state.request_metadata`, which the chat, completions and messages handlers set for vLLM's own
     middleware, streaming or not. It spares us asking for `stream_options.include_usage` on the client's behalf. Delete
     when every stream carries its usage.
     """
-    return getattr(raw_request.state, "request_metadata", None)
-
-
-def token_counts(holder: Any) -> tuple[int | None, int | None]:
-    """(prompt, completion) tokens out of `usage_holder`'s object."""
-    usage = getattr(holder, "final_usage_info", None)
+    usage = getattr(getattr(raw_request.state, "request_metadata", None), "final_usage_info", None)
     return (None, None) if usage is None else (usage.prompt_tokens, usage.completion_tokens)
 
 
@@ -120,8 +115,8 @@ def lora_limits(state: Any) -> tuple[int, int, int]:
 def share_log(*names: str) -> None:
     """Let the loggers `names` write where and as vLLM does.
 
-    Private: that vLLM configures the logger "vllm" and no other, so that what we say below WARNING is lost. Delete when the
-    root logger is configured.
+    Private: that vLLM configures the logger "vllm" and no other, so that what we say below WARNING is lost. Delete when
+    the root logger is configured.
     """
     vllm = logging.getLogger("vllm")
     for name in names:
@@ -148,3 +143,41 @@ def on_shutdown(app: FastAPI, close: Callable[[], Coroutine[Any, Any, None]]) ->
                 await close()
 
     app.router.lifespan_context = lifespan
+
+
+def keep_base_apart() -> None:
+    """Keep adapters' weights out of the base's answers. Entry point of `vllm.general_plugins`: runs in every process.
+
+    vLLM marks tokens without LoRA with slot -1. Its CPU kernels use that as an index, so that in a batch with some
+    adapter's requests the base's go through whatever lies in the last slot: HTTP 200, wrong answer. It shows once all
+    `max_loras` slots have been used. Shrunk to nothing, such tokens get no update. The Triton kernels skip them.
+
+    Private: `vllm.lora.punica_wrapper.punica_cpu`'s imported kernels. Delete when tests/e2e/test_mixed_batch.py passes
+    without it.
+    """
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    shrink = punica_cpu.bgmv_shrink
+    if getattr(shrink, "keeps_base_apart", False):  # vLLM may load plugins more than once in a process
+        return
+
+    def bgmv_shrink(inputs: Any, weights: Any, output: Any, slots: Any, scaling: float = 1.0) -> None:
+        shrink(inputs, weights, output, slots, scaling)
+        output.masked_fill_((slots < 0).unsqueeze(1), 0.0)
+
+    def sgmv_shrink(
+        inputs: Any,
+        weights: Any,
+        output: Any,
+        starts: Any,
+        lengths: Any,
+        slots: Any,
+        batches: int,
+        longest: int,
+        tokens: int,
+        scaling: float,
+    ) -> None:
+        bgmv_shrink(inputs, weights, output, slots.repeat_interleave(lengths), scaling)
+
+    bgmv_shrink.keeps_base_apart = True  # type: ignore[attr-defined]
+    punica_cpu.bgmv_shrink, punica_cpu.sgmv_shrink = bgmv_shrink, sgmv_shrink

@@ -7,30 +7,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from scion_adapters.clock import now
 from scion_adapters.database import Database, open_database
-from scion_adapters.errors import InvalidInputError
+from scion_adapters.errors import InvalidInputError, RejectedError
 from scion_adapters.fingerprint import base_info
-from scion_adapters.records import VersionState
-from scion_adapters.registry import open_registry
+from scion_adapters.records import VersionRef, VersionState
+from scion_adapters.registry import Registry, open_registry
 from scion_adapters.replicas import ReplicaLedger
 from scion_adapters.settings import Settings
+from scion_feedback.captures import CompletionRecord
 from scion_feedback.feedback import FeedbackStore
 from scion_feedback.privacy import UserHasher, open_hasher
-from scion_feedback.recorder import Recorder, open_recorder
+from scion_feedback.recorder import RecorderObserver, RecorderStats
 from vllm_scion.background import Background, Identity
 from vllm_scion.gateway import Gateway
 from vllm_scion.loader import Loader, Table
+from vllm_scion.serve import RUNTIME_LORA, check_names
 
 logger = logging.getLogger("vllm_scion")
 
 CLOSE_TIMEOUT_S = 10.0
 T = TypeVar("T")
+
+
+class Recorder(Protocol):
+    """What records answers: scion_feedback's, in a process of its own or in threads of this one."""
+
+    def start(self) -> None: ...
+    def submit(self, build: Callable[[], CompletionRecord | None]) -> bool: ...
+    def stats(self) -> RecorderStats: ...
+    def close(self, timeout_s: float = ...) -> bool: ...
+
+
+OpenRecorder = Callable[[Settings, RecorderObserver], Recorder]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,7 @@ class Runtime:
     feedback: FeedbackStore
     background: Background
     threads: ThreadPoolExecutor
+    loading: ThreadPoolExecutor  # of its own: votes that wait for a locked database must not hold up a load
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """`work` in a thread that requests share, apart from the background loops'."""
@@ -65,11 +81,12 @@ class Runtime:
         """Leave the ledger, bring what is recorded to disk, let go of the database."""
         await self.background.close()
         self.gateway.submit = None
-        if not await self.in_thread(lambda: self.recorder.close(CLOSE_TIMEOUT_S)):
+        if not await asyncio.to_thread(self.recorder.close, CLOSE_TIMEOUT_S):
             logger.warning(
                 "some answers stay in the journal %s; the next server stores them", self.settings.capture.journal
             )
         self.threads.shutdown(wait=False)
+        self.loading.shutdown(wait=False)
         self.database.dispose()
 
     def status(self) -> dict[str, Any]:
@@ -112,21 +129,29 @@ class Runtime:
         }
 
 
-async def open_runtime(settings: Settings, gateway: Gateway, engine: EngineFacts) -> Runtime:
+async def open_runtime(
+    settings: Settings, gateway: Gateway, engine: EngineFacts, open_recorder: OpenRecorder
+) -> Runtime:
     """Open everything and follow the routing. Raises ScionError, with a message for the operator."""
     check_engine(settings, engine)
+    opened = await asyncio.to_thread(_open, settings, gateway, open_recorder)
     threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="scion-http")
-    loop = asyncio.get_running_loop()
+    loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scion-load")
+    background = _make_background(settings, gateway, engine, opened, loading)
+    opened.recorder.start()
+    gateway.base_name = engine.base_names[0]
+    gateway.hasher = opened.hasher
+    gateway.submit = opened.recorder.submit if settings.capture.enabled else None
+    feedback = FeedbackStore(opened.registry.database, opened.hasher, now)
+    runtime = Runtime(
+        settings, opened.registry.database, gateway, opened.recorder, feedback, background, threads, loading
+    )
     try:
-        database, hasher = await loop.run_in_executor(threads, _open_stores, settings)
-        try:
-            return await _assemble(settings, gateway, engine, threads, database, hasher)
-        except BaseException:
-            database.dispose()
-            raise
+        await background.start()
     except BaseException:
-        threads.shutdown(wait=False)
+        await runtime.close()
         raise
+    return runtime
 
 
 def check_engine(settings: Settings, engine: EngineFacts) -> None:
@@ -136,64 +161,62 @@ def check_engine(settings: Settings, engine: EngineFacts) -> None:
             "this vLLM was started without LoRA: start it with `scion serve`, or with the flags that "
             "`scion serve --print` shows"
         )
-    for name in settings.adapters:
-        if name in engine.base_names:
-            raise InvalidInputError(
-                f"adapters.{name}: the base is served under that name too; rename the adapter, or set base.served_name",
-                field=f"adapters.{name}",
+    if os.environ.get(RUNTIME_LORA, "0").lower() in ("1", "true"):
+        raise InvalidInputError(
+            f"{RUNTIME_LORA} is set: it lets everybody load any path as an adapter, past every check; unset it",
+            field=RUNTIME_LORA,
+        )
+    check_names(settings, engine.base_names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What takes disk or database to open."""
+
+    registry: Registry
+    hasher: UserHasher
+    recorder: Recorder
+    base_fingerprint: str
+
+
+def _open(settings: Settings, gateway: Gateway, open_recorder: OpenRecorder) -> _Opened:
+    hasher = open_hasher(settings)
+    fingerprint = base_info(settings).fingerprint
+    registry = open_registry(settings, open_database(settings))
+    return _Opened(registry, hasher, open_recorder(settings, gateway.metrics), fingerprint)
+
+
+def _make_background(
+    settings: Settings, gateway: Gateway, engine: EngineFacts, opened: _Opened, loading: ThreadPoolExecutor
+) -> Background:
+    async def in_loading_thread(work: Callable[[], str]) -> str:
+        return await asyncio.get_running_loop().run_in_executor(loading, work)
+
+    def approve(ref: VersionRef) -> None:
+        made_for = opened.registry.version(ref).base_fingerprint
+        if made_for != opened.base_fingerprint:
+            raise RejectedError(
+                f"{ref} was made for the base {made_for}, this server has {opened.base_fingerprint}: "
+                "serve it on its own base, or train a new version on this one",
+                reason="wrong_base",
             )
 
-
-def _open_stores(settings: Settings) -> tuple[Database, UserHasher]:
-    return open_database(settings), open_hasher(settings)
-
-
-async def _assemble(
-    settings: Settings,
-    gateway: Gateway,
-    engine: EngineFacts,
-    threads: ThreadPoolExecutor,
-    database: Database,
-    hasher: UserHasher,
-) -> Runtime:
-    loop = asyncio.get_running_loop()
-
-    async def in_thread(work: Callable[[], T]) -> T:
-        return await loop.run_in_executor(threads, work)
-
-    registry = await in_thread(lambda: open_registry(settings, database))
-    fingerprint = (await in_thread(lambda: base_info(settings))).fingerprint
-    recorder = await in_thread(lambda: open_recorder(settings, database, gateway.metrics))
-    background = Background(
-        database=database,
-        ledger=ReplicaLedger(database),
-        loader=Loader(
-            table=engine.table,
-            store=registry.store,
-            serving=gateway.serving,
-            metrics=gateway.metrics,
-            run_in_thread=in_thread,
-            slots=engine.max_cpu_loras,
-        ),
+    loader = Loader(
+        table=engine.table,
+        store=opened.registry.store,
+        serving=gateway.serving,
         metrics=gateway.metrics,
-        settings=settings.rollout,
-        identity=Identity(
-            url=engine.url,
-            max_loras=engine.max_loras,
-            max_cpu_loras=engine.max_cpu_loras,
-            max_lora_rank=engine.max_lora_rank,
-            base_fingerprint=fingerprint,
-            started_at=now(),
-        ),
+        run_in_thread=in_loading_thread,
+        slots=engine.max_cpu_loras,
+        approve=approve,
     )
-    recorder.start()
-    gateway.base_name = engine.base_names[0]
-    gateway.hasher = hasher
-    gateway.submit = recorder.submit if settings.capture.enabled else None
-    try:
-        await background.start()
-    except BaseException:
-        await in_thread(lambda: recorder.close(0.0))
-        raise
-    feedback = FeedbackStore(database, hasher, now)
-    return Runtime(settings, database, gateway, recorder, feedback, background, threads)
+    identity = Identity(
+        url=engine.url,
+        max_loras=engine.max_loras,
+        max_cpu_loras=engine.max_cpu_loras,
+        max_lora_rank=engine.max_lora_rank,
+        base_fingerprint=opened.base_fingerprint,
+        started_at=now(),
+    )
+    database = opened.registry.database
+    return Background(database, ReplicaLedger(database), loader, gateway.metrics, settings.rollout, identity)

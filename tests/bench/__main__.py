@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
@@ -21,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.names) - set(BENCHMARKS)):
         parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
+    signal.signal(signal.SIGTERM, _end)
     console = Console()
     for name in options.names or BENCHMARKS:
         benchmark = BENCHMARKS[name]
@@ -30,6 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         report.show(benchmark, outcome, console)
         console.print(f"written to {path}", highlight=False)
     return 0
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """A benchmark that is told to stop takes its servers along: `finally` blocks run."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tests.bench.report import Bar, Benchmark, Outcome
 RATIO_BAR = 0.98
 P50_BAR_MS = 0.3
 P99_BAR_MS = 1.0
+COLUMNS = ("milliseconds", "stock", "scion", "added", "median of pairs", "control added")
 
 
 def run(output: Path, quick: bool) -> Outcome:
@@ -37,29 +38,15 @@ def summarise(stub: StubOutcome) -> Outcome:
     series_figures: list[dict[str, Any]] = []
     warnings: list[str] = []
     for series in stub.series:
-        p50, p99 = series.added(50), series.added(99)
-        noise50, noise99 = series.added(50, CONTROL), series.added(99, CONTROL)
         label = f"{series.kind} at {series.rate:.0f}/s ({series.share:.0%})"
         series_figures.append(_series_figures(series))
-        rows += [
-            (f"{label}: p50", *_row(series, 50, p50, noise50)),
-            (f"{label}: p99", *_row(series, 99, p99, noise99)),
-        ]
-        rows.append(
-            (
-                f"{label}: CPU per request",
-                f"{series.cpu_ms(STOCK):.3f}",
-                f"{series.cpu_ms(OURS):.3f}",
-                f"{series.cpu_ms(OURS) - series.cpu_ms(STOCK):+.3f}",
-                f"{series.cpu_ms(CONTROL) - series.cpu_ms(STOCK):+.3f}",
-            )
-        )
+        rows += _rows(series, label)
         warnings += _warnings(series, label)
         if series.share == 1.0:
             measurable = not _warnings(series, label)
-            for q, added, bound in ((50, p50, P50_BAR_MS), (99, p99, P99_BAR_MS)):
+            for q, bound in ((50, P50_BAR_MS), (99, P99_BAR_MS)):
                 name = f"added p{q}, {series.kind}, highest rate"
-                bars.append(Bar(name, added.value, bound, unit="ms", is_measurable=measurable))
+                bars.append(Bar(name, series.added(q).value, bound, unit="ms", is_measurable=measurable))
     failed = sum(sum(series.num_failed.values()) for series in stub.series)
     figures = {
         "stub": series_figures,
@@ -75,9 +62,7 @@ def summarise(stub: StubOutcome) -> Outcome:
         "brackets: 95% bootstrap interval over blocks; control: a second stock server, whose added latency is noise",
         *warnings,
     )
-    return Outcome(
-        figures, tuple(bars), ("milliseconds", "stock", "scion", "added", "control added"), tuple(rows), notes
-    )
+    return Outcome(figures, tuple(bars), COLUMNS, tuple(rows), notes)
 
 
 def _warnings(series: Series, label: str) -> list[str]:
@@ -93,8 +78,30 @@ def _warnings(series: Series, label: str) -> list[str]:
     return found
 
 
-def _row(series: Series, q: float, ours: Interval, control: Interval) -> tuple[str, ...]:
-    return (f"{series.percentile(STOCK, q):.3f}", f"{series.percentile(OURS, q):.3f}", str(ours), str(control))
+def _rows(series: Series, label: str) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{label}: p{q}",
+            f"{series.percentile(STOCK, q):.3f}",
+            f"{series.percentile(OURS, q):.3f}",
+            str(series.added(q)),
+            f"{series.paired(q).value:+.3f}",
+            str(series.added(q, CONTROL)),
+        )
+        for q in (50, 99)
+    ]
+    cpu = {name: series.cpu_ms(name) for name in SERVERS}
+    rows.append(
+        (
+            f"{label}: server CPU per request",
+            f"{cpu[STOCK]:.3f}",
+            f"{cpu[OURS]:.3f}",
+            f"{cpu[OURS] - cpu[STOCK]:+.3f} (and {series.children_cpu_ms(OURS):.3f} in the recorder's process)",
+            "",
+            f"{cpu[CONTROL] - cpu[STOCK]:+.3f}",
+        )
+    )
+    return rows
 
 
 def _series_figures(series: Series) -> dict[str, Any]:
@@ -107,6 +114,7 @@ def _series_figures(series: Series) -> dict[str, Any]:
         "failed": series.num_failed,
         "is_held": series.is_held,
         "generator_lag_p99_ms": round(series.lag_p99_ms, 3),
+        "children_cpu_ms_per_request": {name: round(series.children_cpu_ms(name), 4) for name in SERVERS},
         "server_cpu_ms_per_request": {name: round(series.cpu_ms(name), 4) for name in SERVERS},
     }
     for q in (50, 90, 99, 99.9):
@@ -144,9 +152,24 @@ def _with_engine(stub: Outcome, engine: overhead_engine.EngineOutcome) -> Outcom
             f"{throughput[OURS]:.2f}",
             f"ratio {ratio.value:.3f} ({ratio.low:.3f} … {ratio.high:.3f})",
             "",
+            "",
         ),
-        ("real engine: p50", f"{engine.percentile(STOCK, 50):.1f}", f"{engine.percentile(OURS, 50):.1f}", str(p50), ""),
-        ("real engine: p99", f"{engine.percentile(STOCK, 99):.1f}", f"{engine.percentile(OURS, 99):.1f}", str(p99), ""),
+        (
+            "real engine: p50",
+            f"{engine.percentile(STOCK, 50):.1f}",
+            f"{engine.percentile(OURS, 50):.1f}",
+            str(p50),
+            "",
+            "",
+        ),
+        (
+            "real engine: p99",
+            f"{engine.percentile(STOCK, 99):.1f}",
+            f"{engine.percentile(OURS, 99):.1f}",
+            str(p99),
+            "",
+            "",
+        ),
     )
     bar = Bar("throughput ratio, real engine", ratio.value, RATIO_BAR, at_least=True)
     clients, tokens = overhead_engine.NUM_CLIENTS, overhead_engine.MAX_TOKENS

@@ -34,19 +34,18 @@ HOLD_P99_MS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long to measure. `num_rounds` blocks of `block_s` seconds per server at each rate."""
+    """How long to measure: per kind of request and share of its highest rate, so many blocks per server."""
 
-    block_s: float = 4.0
-    num_rounds: int = 20
+    block_s: float = 2.0
+    num_rounds: tuple[tuple[float, int], ...] = ((1.0, 16), (0.5, 8))
     probe_s: float = 2.0
-    first_rate: float = 200.0
-    growth: float = 1.15
+    first_rate: float = 100.0
+    growth: float = 1.2
     max_rate: float = 5000.0
     kinds: tuple[str, ...] = ("plain", "stream")
-    shares: tuple[float, ...] = (1.0, 0.5)
 
 
-QUICK = Plan(block_s=0.6, num_rounds=2, probe_s=0.4, first_rate=60.0, growth=4.0, max_rate=60.0, shares=(1.0,))
+QUICK = Plan(block_s=0.6, num_rounds=((1.0, 2),), probe_s=0.4, first_rate=40.0, growth=4.0, max_rate=40.0)
 
 
 @dataclass(slots=True)
@@ -59,6 +58,7 @@ class Series:
     blocks: dict[str, list[list[float]]] = field(default_factory=lambda: {name: [] for name in SERVERS})
     first_bytes: dict[str, list[list[float]]] = field(default_factory=lambda: {name: [] for name in SERVERS})
     cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SERVERS, 0.0))
+    children_cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SERVERS, 0.0))
     num_sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SERVERS, 0))
     num_failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SERVERS, 0))
     lag_p99_ms: float = 0.0
@@ -73,6 +73,10 @@ class Series:
     def cpu_ms(self, server: str) -> float:
         """CPU time of the server process per request, all its threads."""
         return 1e3 * self.cpu_s[server] / self.num_sent[server]
+
+    def children_cpu_ms(self, server: str) -> float:
+        """CPU time per request of the processes that the server started: they take no time from its event loop."""
+        return 1e3 * self.children_cpu_s[server] / self.num_sent[server]
 
     def added_first_byte(self, q: float) -> Interval:
         return added(self.first_bytes[STOCK], self.first_bytes[OURS], q)
@@ -108,12 +112,15 @@ def measure(home: Path, plan: Plan) -> StubOutcome:
         servers = stack.enter_context(running(specs, home))
         generator = stack.enter_context(Generator(generator_cores))
         traffic = _Traffic(generator, servers)
-        series = []
+        series: list[Series] = []
         for kind in plan.kinds:
             traffic.warm_up(kind, plan)
             highest = traffic.highest_rate(kind, plan)
             rate = highest or plan.first_rate
-            series += [traffic.series(kind, rate * share, share, plan, is_held=bool(highest)) for share in plan.shares]
+            for share, num_rounds in plan.num_rounds:
+                one = Series(kind, rate * share, share, is_held=bool(highest))
+                traffic.fill(one, plan.block_s, num_rounds)
+                series.append(one)
         sent = traffic.num_answered[OURS]
         recorded, lost = _recorded(world, servers[OURS], sent)
         overhead_us = _own_overhead_us(servers[OURS])
@@ -157,9 +164,11 @@ class _Traffic:
             raise RuntimeError(f"{server} answered none of {measured.sent} requests:\n{target.tail()}")
         return measured
 
-    def _cpu_s(self, server: str) -> float:
-        times = psutil.Process(self._servers[server].process.pid).cpu_times()
-        return float(times.user + times.system)
+    def _cpu_s(self, server: str) -> tuple[float, float]:
+        """(the server process's, its children's)"""
+        process = psutil.Process(self._servers[server].process.pid)
+        own, *children = (p.cpu_times() for p in (process, *process.children(recursive=True)))
+        return own.user + own.system, sum(times.user + times.system for times in children)
 
     def warm_up(self, kind: str, plan: Plan) -> None:
         for server in self._servers:
@@ -185,22 +194,23 @@ class _Traffic:
                 return True
         return False
 
-    def series(self, kind: str, rate: float, share: float, plan: Plan, *, is_held: bool) -> Series:
-        series = Series(kind, rate, share, is_held=is_held)
+    def fill(self, series: Series, block_s: float, num_rounds: int) -> None:
+        """Measure `num_rounds` blocks per server, in every order of the servers equally often."""
         lags: list[float] = []
-        orders = itertools.cycle(itertools.permutations(self._servers))  # every order equally often
-        for order in itertools.islice(orders, plan.num_rounds):
+        orders = itertools.cycle(itertools.permutations(self._servers))
+        for order in itertools.islice(orders, num_rounds):
             for server in order:
-                before = self._cpu_s(server)
-                measured = self.send(server, kind, rate, plan.block_s)
-                series.cpu_s[server] += self._cpu_s(server) - before
+                before, children_before = self._cpu_s(server)
+                measured = self.send(server, series.kind, series.rate, block_s)
+                after, children_after = self._cpu_s(server)
+                series.cpu_s[server] += after - before
+                series.children_cpu_s[server] += children_after - children_before
                 series.num_sent[server] += measured.sent
                 series.blocks[server].append(measured.latency_ms)
                 series.first_bytes[server].append(measured.first_byte_ms)
                 series.num_failed[server] += measured.failed
                 lags += measured.lag_ms
         series.lag_p99_ms = percentile([lags], 99)
-        return series
 
 
 def _own_overhead_us(server: Server) -> float:

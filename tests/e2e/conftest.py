@@ -1,7 +1,7 @@
 """One real server for all end-to-end tests: vLLM with the plugin on the demo's NF4 base, with three adapters.
 
-Tests share it and may publish, promote and roll back; whoever restarts it leaves it running. Versions are made of small random
-weights, so they answer nonsense that differs from version to version.
+Tests share it and may publish, promote and roll back; whoever restarts it leaves it running. Versions are made of small
+random weights, so they answer nonsense that differs from version to version.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class ServerWorld:
         settings = self.server.settings
         base = base_info(settings)
         directory = make_adapter(self.server.home / "made" / f"{next(self.seeds)}", base, seed=next(self.seeds))
-        return self.registry.publish(
-            adapter, directory, parent=0, base=base, limits=limits_of(settings), actor="test"
-        )
+        return self.registry.publish(adapter, directory, parent=0, base=base, limits=limits_of(settings), actor="test")
 
     def accept(self, adapter: str) -> Version:
         return self.registry.accept(self.publish(adapter).ref, actor="test", reason="looks good")
@@ -72,7 +70,7 @@ class ServerWorld:
             with self.database.read() as connection:
                 query = sa.select(tables.counters.c.value).where(tables.counters.c.name == "routing")
                 revision = connection.execute(query).scalar_one()
-            return self.status()["routing_revision"] == revision
+            return bool(self.status()["routing_revision"] == revision)
 
         wait_for(followed, timeout_s=30, what="the routing is followed")
 
@@ -130,4 +128,5 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerWorld]:
             world.rollouts.promote(adapter, actor="test")
         with server:
             yield world
+        assert ReplicaLedger(registry.database).live(TTL_S) == [], "a server that was stopped leaves the ledger"
     registry.database.dispose()

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
+from scion_adapters import tables
 from tests.e2e.conftest import ServerWorld
+from tests.helpers.polling import until
 from tests.helpers.serving import wait_for
 
 pytestmark = pytest.mark.e2e
@@ -39,7 +42,12 @@ class Traffic:
     async def client(self, number: int) -> None:
         async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
             while not self.stopping:
-                body = {"model": self.model, "prompt": f"User {number} says", "max_tokens": 4 + number, "user": f"u{number}"}
+                body = {
+                    "model": self.model,
+                    "prompt": f"User {number} says",
+                    "max_tokens": 4 + number,
+                    "user": f"u{number}",
+                }
                 started = time.monotonic()
                 if number % 2:
                     response = await http.post("/v1/completions", json=body)
@@ -62,9 +70,7 @@ class Traffic:
     async def until_more(self, num_answers: int) -> None:
         """Until so many more answers came."""
         goal = len(self.answers) + num_answers
-        async with asyncio.timeout(120):
-            while len(self.answers) < goal:
-                await asyncio.sleep(0.02)
+        await until(lambda: len(self.answers) >= goal, timeout_s=120)
 
 
 async def test_swaps_under_steady_traffic_fail_no_request(world: ServerWorld) -> None:
@@ -129,19 +135,15 @@ async def test_a_rollout_moves_only_the_added_slice(world: ServerWorld) -> None:
         assert 0 < len(taken) < len(users)
         assert all(len(set(models)) == 1 for models in seen.values()), "nobody changes version within a step"
         assert {model for models in seen.values() for model in models} == {champion, str(challenger.ref)}
-        rows = [world.completion(i) for i in recorded_ids(world, "slice", challenger.number)]
+        rows = [world.completion(i) for i in recorded_ids(world, challenger.number)]
         assert {row["probability"] for row in rows} == {0.3}
     finally:
         world.rollouts.rollback("chat", actor="test")
         world.wait_followed()
 
 
-def recorded_ids(world: ServerWorld, _: str, number: int) -> list[str]:
+def recorded_ids(world: ServerWorld, number: int) -> list[str]:
     """Completions of chat:`number` that were drawn in a rollout."""
-    import sqlalchemy as sa
-
-    from scion_adapters import tables
-
     columns = tables.completions.c
 
     def find() -> list[str]:

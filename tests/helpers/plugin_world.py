@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ from scion_adapters.fingerprint import base_info
 from scion_adapters.records import Version
 from scion_adapters.registry import Registry, limits_of, open_registry
 from scion_adapters.rollouts import Rollouts
-from scion_adapters.routing import AdapterRouting
 from scion_adapters.settings import Settings, load_settings
+from scion_feedback.recorder import Recorder, RecorderObserver, open_recorder
+from scion_feedback.recorder_process import open_recorder_process
 from tests.helpers.adapters import make_adapter, make_base
 from tests.helpers.serving import to_toml
 from tests.helpers.vllm_app import VllmApp
 from vllm_scion.endpoint import ScionEndpointPlugin
 from vllm_scion.metrics import Metrics
+from vllm_scion.runtime import OpenRecorder
 
 
 class PluginWorld:
@@ -75,13 +76,22 @@ class PluginWorld:
         self.rollouts.start(version.ref, steps=[1.0], every_s=0.0, guard=False, actor="test")
         return version
 
-    def plugin(self) -> ScionEndpointPlugin:
-        self.last_plugin = ScionEndpointPlugin(self.settings, Metrics(CollectorRegistry()))
+    def plugin(self, *, own_process: bool = False) -> ScionEndpointPlugin:
+        """A plugin with metrics of its own. It records in threads, which start faster than a process."""
+
+        def in_threads(settings: Settings, observer: RecorderObserver) -> Recorder:
+            return open_recorder(settings, self.database, observer)
+
+        opening: OpenRecorder = open_recorder_process if own_process else in_threads
+        self.last_plugin = ScionEndpointPlugin(self.settings, Metrics(CollectorRegistry()), opening)
         return self.last_plugin
 
-    def adapters_followed(self) -> list[AdapterRouting]:
-        """The routing that requests follow now."""
-        return list(self.last_plugin.gateway.serving.published.routing.adapters.values())
+    def is_champion(self, number: int) -> bool:
+        return self.registry.aliases("chat").get("champion") == number
+
+    def is_followed(self, champion: int) -> bool:
+        """Whether requests for `chat` go to that version now."""
+        return self.last_plugin.gateway.serving.published.routing.adapters["chat"].champion == champion
 
     @asynccontextmanager
     async def serving(
@@ -100,11 +110,3 @@ class PluginWorld:
 
     def close(self) -> None:
         self.database.dispose()
-
-
-async def until(probe: Callable[[], Any], timeout_s: float = 15.0) -> Any:
-    """Wait, without blocking the loop, until `probe` returns something true; that is returned."""
-    async with asyncio.timeout(timeout_s):
-        while not (value := probe()):
-            await asyncio.sleep(0.01)
-    return value

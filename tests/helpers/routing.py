@@ -20,7 +20,7 @@ def make_line(
     weight: float = 0.0,
     aliases: Mapping[str, int] | None = None,
 ) -> AdapterRouting:
-    """One adapter; `accepted` and `candidates` map version numbers to LoRA ids. A candidate's evaluation key is `key-N`."""
+    """One adapter; `accepted` and `candidates` map numbers to LoRA ids. The evaluation key of N is `key-N`."""
     versions = {}
     for numbers, state in ((accepted or {}, VersionState.ACCEPTED), (candidates or {}, VersionState.CANDIDATE)):
         for number, lora_id in numbers.items():

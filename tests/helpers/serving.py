@@ -28,7 +28,7 @@ from scion_adapters.settings import Settings, load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO_BASE = REPOSITORY / "deploy" / "demo" / "scion_demo" / "base"
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 T = TypeVar("T")
 
 

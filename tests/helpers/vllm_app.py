@@ -1,7 +1,7 @@
-"""vLLM's real HTTP application (routes, middleware, errors) with its handlers stubbed out behind it: no engine, no weights.
+"""vLLM's real HTTP application (routes, middleware, errors) with stubs for handlers: no engine, no weights.
 
-The stubs resolve `model` with vLLM's own code and answer `I am <LoRA name>`, so a test sees which version it reached. `VllmApp`
-is started through vLLM's own hooks, so a plugin is attached and initialised as in a server.
+The stubs resolve `model` with vLLM's own code and answer `I am <LoRA name>`, so a test sees which version it reached.
+`VllmApp` is started through vLLM's own hooks, so a plugin is attached and initialised as in a server.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FakeEngine:
         return True
 
 
-class StubHandler(BaseServing):
+class StubHandler(BaseServing):  # type: ignore[misc]  # vLLM is untyped to us
     """Stands for all of vLLM's serving classes."""
 
     async def _model(self, request: Any) -> tuple[str | None, ErrorResponse | None]:

@@ -37,7 +37,9 @@ def rows(world: PluginWorld) -> int:
 
 
 async def vote(client: httpx.AsyncClient, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
-    return await client.post("/v1/feedback", json={"completion_id": "chatcmpl-1", "value": "up", **body}, headers=headers)
+    return await client.post(
+        "/v1/feedback", json={"completion_id": "chatcmpl-1", "value": "up", **body}, headers=headers
+    )
 
 
 async def test_a_vote_is_created_read_listed_and_taken_back(client: httpx.AsyncClient, world: PluginWorld) -> None:

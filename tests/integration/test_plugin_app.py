@@ -1,9 +1,10 @@
-"""The plugin behind vLLM's real routes, middleware and error handlers; only the handlers that would generate are stubs."""
+"""The plugin behind vLLM's real routes, middleware and error handlers; only what would generate is stubbed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from fastapi.routing import APIRoute
 from scion_adapters.database import Database
 from scion_adapters.errors import InvalidInputError, UnavailableError
 from scion_adapters.replicas import ReplicaLedger
-from tests.helpers.plugin_world import PluginWorld, until
+from tests.helpers.adapters import make_base
+from tests.helpers.plugin_world import PluginWorld
+from tests.helpers.polling import until
+from tests.helpers.serving import REPOSITORY
 from tests.helpers.vllm_app import VllmApp
 from vllm_scion.endpoint import RECORDED_ROUTES, ROUTED_ROUTES
 from vllm_scion.gateway import EVALUATION_HEADER
@@ -107,8 +111,8 @@ class TestRouting:
     ) -> None:
         version = world.champion()
         async with world.serving() as client:
-            await until(lambda: world.registry.aliases("chat").get("champion") == version.number)
-            await until(lambda: any(line.champion == 1 for line in world.adapters_followed()))
+            await until(partial(world.is_champion, version.number))
+            await until(partial(world.is_followed, 1))
             for name in ("chat", "chat:1", "chat@champion"):
                 response = await ask(client, name, path, stream=stream)
                 assert response.status_code == 200, response.text
@@ -143,7 +147,7 @@ class TestRouting:
             assert models_in(await ask(client, "chat")) == {"base"}
             for number in (1, 2, 3):
                 world.champion(seed=number)
-                await until(lambda n=number: world.registry.aliases("chat").get("champion") == n)
+                await until(partial(world.is_champion, number))
             await until(lambda: world.app.engine.calls[-1] == "remove chat:1")
             assert models_in(await ask(client, "chat")) == {"chat:3"}
             assert models_in(await ask(client, "chat@previous")) == {"chat:2"}
@@ -156,10 +160,11 @@ class TestRouting:
         async with world.serving() as client:
             for number in (1, 2):
                 world.champion(seed=number)
-                await until(lambda n=number: world.registry.aliases("chat").get("champion") == n)
+                await until(partial(world.is_champion, number))
+                await until(partial(world.is_followed, number))
             calls = list(world.app.engine.calls)
             world.rollouts.rollback("chat", actor="test")
-            await until(lambda: any(line.champion == 1 for line in world.adapters_followed()))
+            await until(partial(world.is_followed, 1))
             assert models_in(await ask(client, "chat")) == {"chat:1"}
             assert [call for call in world.app.engine.calls[len(calls) :] if call.startswith("add")] == []
 
@@ -213,6 +218,14 @@ class TestCandidates:
             (replica,) = ReplicaLedger(world.database).live(60.0)
             assert "changed after publishing" in replica.failed[version.lora_id]
 
+    async def test_versions_made_for_another_base_are_not_loaded(self, world: PluginWorld) -> None:
+        version = world.champion()
+        make_base(world.home / "base", seed=9)  # the same shapes, other weights
+        async with world.serving() as client:
+            assert world.app.engine.calls == []
+            assert "was made for the base" in (await client.get("/v1/scion/status")).text
+            assert version.base_fingerprint not in (await client.get("/v1/scion/status")).json()["base_fingerprint"]
+
 
 class TestModels:
     async def test_names_aliases_and_versions_are_listed_with_what_answers_now(self, world: PluginWorld) -> None:
@@ -221,8 +234,8 @@ class TestModels:
         world.registry.set_alias("chat", "stable", 1, actor="test")
         world.rollouts.start(version.ref, steps=[1.0], every_s=0.0, guard=False, actor="test")
         async with world.serving() as client:
-            await until(lambda: world.registry.aliases("chat").get("champion") == 2)
-            await until(lambda: any(line.champion == 2 for line in world.adapters_followed()))
+            await until(partial(world.is_champion, 2))
+            await until(partial(world.is_followed, 2))
             data = (await client.get("/v1/models")).json()["data"]
         assert {card["id"]: card["root"] for card in data} == {
             "base": "/base",
@@ -251,9 +264,22 @@ class TestCapture:
         assert row["user_hash"]
         assert "ann" not in json.dumps(row, default=str)
 
-    async def test_what_waits_at_shutdown_is_stored(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("path", list(BODIES))
+    async def test_the_recorders_own_process_gets_everything(self, world: PluginWorld, path: str, stream: bool) -> None:
+        async with world.serving(world.plugin(own_process=True)) as client:
+            assert (await ask(client, "chat", path, user="ann", stream=stream)).status_code == 200
+            row = (await until(world.completions))[0]
+            status = (await client.get("/v1/scion/status")).json()["capture"]
+        assert (row["route"], row["stream"]) == (RECORDED_ROUTES[path], stream)
+        assert "I am base" in json.dumps(row["choices"])
+        assert row["user_hash"]
+        assert status["lost"] == {}
+
+    @pytest.mark.parametrize("own_process", [False, True])
+    async def test_what_waits_at_shutdown_is_stored(self, tmp_path: Path, own_process: bool) -> None:
         world = PluginWorld(tmp_path, config={"capture": {"flush_interval_s": 30.0}})
-        async with world.serving() as client:
+        async with world.serving(world.plugin(own_process=own_process)) as client:
             await ask(client, "chat")
             assert world.completions() == []
         assert len(world.completions()) == 1
@@ -291,7 +317,7 @@ class TestOperation:
     async def test_status_shows_what_this_process_serves(self, world: PluginWorld) -> None:
         version = world.champion()
         async with world.serving() as client:
-            await until(lambda: any(line.champion == 1 for line in world.adapters_followed()))
+            await until(partial(world.is_followed, 1))
             status = (await client.get("/v1/scion/status")).json()
             (replica,) = ReplicaLedger(world.database).live(60.0)
         assert status["replica"] == replica.id
@@ -316,6 +342,14 @@ class TestOperation:
                 pass
         world.close()
 
+    async def test_vllms_open_loading_endpoints_are_refused(
+        self, world: PluginWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        with pytest.raises(InvalidInputError, match="unset it"):
+            async with VllmApp([world.plugin()]).running():
+                pass
+
     async def test_without_a_database_the_server_does_not_start(self, tmp_path: Path) -> None:
         world = PluginWorld(tmp_path)
         plugin = world.plugin()
@@ -329,7 +363,7 @@ class TestOperation:
     async def test_a_restarted_server_serves_the_champion_at_once(self, world: PluginWorld) -> None:
         world.champion()
         async with world.serving() as client:
-            await until(lambda: world.registry.aliases("chat").get("champion") == 1)
+            await until(partial(world.is_champion, 1))
         async with world.serving() as client:
             assert models_in(await ask(client, "chat")) == {"chat:1"}
 
@@ -337,9 +371,18 @@ class TestOperation:
         world = PluginWorld(tmp_path, url=postgres_database.url)
         world.champion()
         async with world.serving() as client:
-            await until(lambda: any(line.champion == 1 for line in world.adapters_followed()))
+            await until(partial(world.is_followed, 1))
             completion = (await ask(client, "chat")).json()["id"]
             vote = await client.post("/v1/feedback", json={"completion_id": completion, "value": "up"})
             assert vote.status_code == 201
             await until(world.completions)
         world.close()
+
+
+def test_every_route_of_ours_is_documented(world: PluginWorld) -> None:
+    guide = (REPOSITORY / "docs" / "guide.md").read_text()
+    stock = {(r.path, m) for r in VllmApp().app.routes if isinstance(r, APIRoute) for m in r.methods}
+    ours = {(r.path, m) for r in VllmApp([world.plugin()]).app.routes if isinstance(r, APIRoute) for m in r.methods}
+    assert ours > stock
+    for path, method in ours - stock:
+        assert f"`{method} {path}`" in guide, f"{method} {path} is not in docs/guide.md"

@@ -120,7 +120,7 @@ def test_the_stored_jobs_follow_the_configuration(database: Database) -> None:
         ({"schedule": "0 4 * * *"}, ["schedule:chat"]),  # the count was switched off while the daemon was down
     ):
         with running(settings(**changes), database, launcher):
-            wait_until(lambda: [j for j in stored_jobs(database) if j != "resume"] == expected, f"jobs {expected}")
+            wait_until(lambda wanted=expected: stored_jobs(database) == wanted, f"jobs {expected}")
 
 
 def test_the_next_time_of_a_schedule_survives_a_restart(database: Database) -> None:

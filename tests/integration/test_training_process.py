@@ -137,7 +137,7 @@ def test_the_childs_error_reaches_the_parent(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     add_ratings(project.database, 40, liked_share=1.0)
     run = new_run(project)
-    with pytest.raises(InvalidInputError, match="all .* usable ratings are likes"):
+    with pytest.raises(InvalidInputError, match=r"all .* usable ratings are likes"):
         launch_run(project.settings, project.database, run)
     assert RunStore(project.database).get(run.id).state is RunState.FAILED
     with pytest.raises(NotFoundError, match="no unfinished run"):
@@ -155,4 +155,39 @@ def test_a_run_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(ScionError, match=f"died {MAX_ATTEMPTS} times"):
         launch_run(project.settings, project.database, store.get(run.id))
     assert store.get(run.id).state is RunState.FAILED
+    project.database.dispose()
+
+
+@pytest.mark.slow
+def test_the_daemon_stops_its_run_and_goes_on_with_it(tmp_path: Path) -> None:
+    """`scion trainer` as a process of its own, twice: by ratings it starts a run, by SIGTERM it leaves it resumable."""
+    project = make_project(
+        tmp_path,
+        trainer__kto__epochs=500,
+        trainer__checkpoint_every_steps=EVERY_STEPS,
+        trainer__min_new_ratings=10,
+        trainer__check_interval_s=0.2,
+    )
+    add_ratings(project.database, 40)
+    store = RunStore(project.database)
+    command = [sys.executable, "-m", "scion_adapters.cli.main", "--config", str(project.file), "trainer"]
+    stopped_at = 0
+    for attempt in (1, 2):
+        with subprocess.Popen(command) as daemon:
+            wait_until(
+                lambda before=stopped_at: (
+                    (run := store.newest("chat")) is not None and max([0, *losses(run)]) > before + EVERY_STEPS
+                ),
+                f"progress of attempt {attempt}",
+                timeout_s=120,
+            )
+            daemon.terminate()
+        assert daemon.returncode == 0
+        run = store.list()[0]
+        stopped_at = max(losses(run))
+        assert (run.state, run.attempt) == (RunState.QUEUED, attempt)
+        assert f"stopped at step {stopped_at}" in (run.error or "")
+        assert working_on(project.database, "chat") is None
+    assert len(store.list()) == 1
+    assert steps_done(run) == list(range(1, stopped_at + 1))
     project.database.dispose()

@@ -17,11 +17,11 @@ class RunConfig:
     """All that decides the result of a run, apart from base, parent and ratings."""
 
     recipe: str
-    learning_rate: float
-    epochs: float
+    learning_rate: float | None  # None: see defaults.py
+    epochs: float | None  # None: see defaults.py
     batch_size: int  # examples per optimizer step
     micro_batch_size: int | None  # examples in memory at once; None = batch_size
-    beta: float  # KTO only
+    beta: float | None  # KTO only; None: see defaults.py
     rank: int
     alpha: int
     dropout: float

@@ -40,7 +40,7 @@ MISFIRE_GRACE_S = 3600
 
 logger = logging.getLogger(__name__)
 
-_Job = tuple[Callable[..., None], Any, tuple[str, ...]]  # function, trigger (None: now, once), arguments
+_Job = tuple[Callable[..., None], Any, tuple[str, ...]]  # function, trigger, arguments
 
 
 class ChildLauncher:
@@ -118,9 +118,13 @@ class Daemon:
         with HeldLease(self._database, LEASE_NAME, holder, ttl_s=LEASE_TTL_S) as lease:
             scheduler = self._scheduler()
             jobs_module.set_current(self._jobs)
-            scheduler.start()
+            # Not a job: APScheduler's thread dies when it is shut down while it removes a job that has run its course.
+            resumption = threading.Thread(target=self._jobs.resume_unfinished, name="resume unfinished runs")
+            resumption.start()
+            scheduler.start(paused=True)
             try:
                 self._schedule(scheduler)
+                scheduler.resume()
                 while not self._stop.wait(1.0):
                     if lease.lost.is_set():
                         logger.error("the scheduler's lease was lost to another daemon; ending")
@@ -129,6 +133,7 @@ class Daemon:
                 scheduler.pause()
                 self._stop_children()
                 scheduler.shutdown(wait=True)
+                resumption.join()
                 jobs_module.set_current(None)
 
     def stop(self) -> None:
@@ -138,15 +143,15 @@ class Daemon:
     def _scheduler(self) -> BackgroundScheduler:
         return BackgroundScheduler(
             jobstores={"default": SQLAlchemyJobStore(engine=self._database.engine, tablename=scheduler_jobs.name)},
-            # One thread per adapter: adapters may train side by side, and a count of ratings never waits for a run.
-            executors={"default": ThreadPoolExecutor(2 * len(self._settings.adapters) + 1)},
+            # Two threads per adapter: adapters may train side by side, and a count of ratings never waits for a run.
+            executors={"default": ThreadPoolExecutor(2 * len(self._settings.adapters))},
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": MISFIRE_GRACE_S},
             timezone=UTC,
         )
 
     def _schedule(self, scheduler: BackgroundScheduler) -> None:
         """Bring the stored jobs in line with the configuration, keeping the next times of those that did not change."""
-        wanted: dict[str, _Job] = {"resume": (jobs_module.resume_unfinished, None, ())}
+        wanted: dict[str, _Job] = {}
         for plan in plans(self._settings):
             wanted.update(self._plan_jobs(plan))
         for job in scheduler.get_jobs():
@@ -154,7 +159,7 @@ class Daemon:
                 job.remove()
         for job_id, (function, trigger, arguments) in wanted.items():
             stored = scheduler.get_job(job_id)
-            if stored is not None and trigger is not None and str(stored.trigger) == str(trigger):
+            if stored is not None and str(stored.trigger) == str(trigger):
                 continue
             scheduler.add_job(
                 function,

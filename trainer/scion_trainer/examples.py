@@ -21,6 +21,7 @@ class Prepared:
     dropped: Mapping[str, int]
     num_tokens: int
     longest_tokens: int
+    mean_answer_tokens: float
 
 
 def prepare(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> Prepared:
@@ -31,6 +32,7 @@ def prepare(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> 
     kept: list[Example] = []
     dropped: Counter[str] = Counter()
     lengths: list[int] = []
+    answer_lengths: list[int] = []
     for example in examples:
         flat = with_plain_text(example)
         if flat is None or not flat.completion.strip():
@@ -52,7 +54,9 @@ def prepare(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> 
             continue
         kept.append(flat)
         lengths.append(length)
-    return Prepared(tuple(kept), dict(dropped), sum(lengths), max(lengths, default=0))
+        answer_lengths.append(len(tokenizer(flat.completion, add_special_tokens=False)["input_ids"]))
+    mean = sum(answer_lengths) / len(answer_lengths) if answer_lengths else 0.0
+    return Prepared(tuple(kept), dict(dropped), sum(lengths), max(lengths, default=0), mean)
 
 
 def with_plain_text(example: Example) -> Example | None:

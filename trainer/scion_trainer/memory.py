@@ -14,10 +14,11 @@ import psutil
 from scion_adapters.errors import UnavailableError
 from scion_adapters.fingerprint import BaseInfo
 from scion_trainer.config import RunConfig
+from scion_trainer.defaults import hidden_size
 
 GIB = 1 << 30
-RUNTIME_BYTES = 700 << 20
-"""torch, transformers, TRL and the tokenizer before any weight is loaded: 0.6 to 0.7 GiB measured on the CPU build."""
+RUNTIME_BYTES = 900 << 20
+"""torch, transformers, TRL and the tokenizer before any weight is loaded: 0.7 to 0.95 GiB measured on the CPU build."""
 NF4_BYTES_PER_WEIGHT = 0.5 + 0.127 / 8
 """4 bits, plus double-quantized scales: 0.127 bits per weight (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
 CHECKPOINTING_ABOVE_BYTES = 1 * GIB
@@ -53,7 +54,7 @@ def estimate(
 ) -> Estimate:
     """What a run takes at its peak. `longest_tokens` is the longest example, prompt and answer together."""
     linear = sum(out * inner for out, inner in base.modules.values())
-    hidden = min((inner for _, inner in base.modules.values()), default=0)
+    hidden = hidden_size(base)
     embeddings = 2 * base.vocab_size * hidden * 2  # input and output, bf16; tied ones are counted twice
     base_bytes = int(linear * (NF4_BYTES_PER_WEIGHT if quantized else 2)) + embeddings
     targets = [shape for name, shape in base.modules.items() if name.rsplit(".", 1)[-1] in config.target_modules]

@@ -27,6 +27,7 @@ from scion_adapters.settings import Settings, load_settings
 from scion_feedback.snapshots import Snapshot, build_snapshot, find_snapshot, load_snapshot
 from scion_trainer.checkpoints import CHECKPOINTS, newest_complete
 from scion_trainer.config import RunConfig
+from scion_trainer.defaults import resolve
 from scion_trainer.limits import bind_process, quiet_libraries
 from scion_trainer.memory import Estimate, OutOfMemoryError, available_bytes, check_fits, estimate, gib
 from scion_trainer.progress import Progress, curves, read_metrics
@@ -136,6 +137,9 @@ def execute(
             recipe.examples(snapshot.split("train")), load_tokenizer(settings), max_length=config.max_length
         )
         recipe.check(list(prepared.examples), config)
+        config = resolve(
+            config, base, num_examples=len(prepared.examples), mean_answer_tokens=prepared.mean_answer_tokens
+        )
         rank = config.rank if parent is None else parent.rank
         needed = _memory(settings, config, base, rank, prepared.longest_tokens, default_device().type)
         _stop_if(stop_requested)
@@ -168,6 +172,9 @@ def execute(
             "tokens": prepared.num_tokens,
             "dropped": dict(prepared.dropped),
             "rank": shape.rank,
+            "learning_rate": config.learning_rate,
+            "epochs": config.epochs,
+            **({"beta": config.beta} if run.recipe == "kto" else {}),
             "predicted_bytes": needed.total_bytes,
             "attempts": run.attempt,
         }

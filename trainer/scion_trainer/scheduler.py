@@ -7,7 +7,9 @@ so they are module-level functions with plain arguments; they find the jobs obje
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import sqlalchemy as sa
@@ -119,17 +121,16 @@ class TrainerJobs:
             if run is None or working_on(self._database, plan.adapter) is not None:
                 continue
             logger.info("resuming %s of %s", run.id, plan.adapter)
-            self._guard(lambda run=run: self._launcher.resume(run), plan.adapter)
+            self._guard(partial(self._launcher.resume, run), plan.adapter)
 
     def _plan(self, adapter: str) -> Plan | None:
         return next((plan for plan in plans(self._settings) if plan.adapter == adapter), None)
 
     def _launch(self, plan: Plan, why: str) -> None:
         logger.info("training %s by %s: %s", plan.adapter, plan.recipe, why)
-        self._guard(lambda: self._launcher.start(plan.adapter, plan.recipe), plan.adapter)
+        self._guard(partial(self._launcher.start, plan.adapter, plan.recipe), plan.adapter)
 
-    def _guard(self, launch: object, adapter: str) -> None:
-        assert callable(launch)
+    def _guard(self, launch: Callable[[], Run], adapter: str) -> None:
         try:
             run = launch()
         except RunInterruptedError as error:
@@ -161,9 +162,3 @@ def check_ratings(adapter: str) -> None:
     """Job: train `adapter` if it has enough new ratings."""
     if _current is not None:
         _current.check_ratings(adapter)
-
-
-def resume_unfinished() -> None:
-    """Job: go on with what was left unfinished."""
-    if _current is not None:
-        _current.resume_unfinished()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 DEFAULT_FOLDER = Path("build/demo")
 
@@ -35,7 +36,7 @@ def register(app: typer.Typer) -> None:
         try:
             met = asyncio.run(_play(console, prefer, seed, rounds, folder, report, port, keep_serving))
         except DemoError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False)
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
             sys.exit(1)
         sys.exit(0 if met else 1)
 

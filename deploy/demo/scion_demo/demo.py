@@ -136,7 +136,8 @@ async def _round(
         trained_s=trained_s,
     )
     console.print(
-        f"[bold]Round {number}[/]: {round_.version} has {round_.thumbs_up_share:.0%} thumbs up in {round_.votes} votes, "
+        f"[bold]Round {number}[/]: {round_.version} has {round_.thumbs_up_share:.0%} thumbs up "
+        f"in {round_.votes} votes, "
         f"{round_.accuracy:.1%} of facts right",
         highlight=False,
     )
@@ -146,7 +147,10 @@ async def _round(
 async def _improve(
     stage: Stage, profile: Profile, chronicle: Chronicle, console: Console, *, seed: int, number: int
 ) -> float | None:
-    """Train, gate and roll out a version while users go on. Returns the seconds it took, None if no version came of it."""
+    """Train, gate and roll out a version while users go on.
+
+    Returns the seconds it took, None if no version came of it.
+    """
     started = time.monotonic()
     async with _background(stage, profile, chronicle, seed=seed * 1000 + 500 + number):
         console.print("Training on the ratings while users go on …")

@@ -1,7 +1,8 @@
 """Two ways to break a served model: an adapter of noise, and a raid of raters with a taste that nobody else has.
 
 Owns the malice. The noise is what a failed training run leaves behind; the raid is what happens to systems that learn
-from votes: its ratings are well formed, its held-out ratings agree with it, so gates that only ask the raters will pass it.
+from votes: its ratings are well formed and its held-out ratings agree with it, so gates that only ask the raters will
+pass it.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The stage of the demo: its folder, its configuration, the server process, and `scion` commands run as a person would.
 
-Owns processes and files. It knows nothing of what the demo plays. Everything it starts runs in a process group of its own
-and is ended with it.
+Owns processes and files. It knows nothing of what the demo plays. Everything it starts runs in a process group of its
+own and is ended with it.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from scion_demo.errors import DemoError
 MARKER = ".scion-demo"
 """A file that says that a folder is the demo's own and may be emptied."""
 BASE_NAME = "demo-base"
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
 
 CONFIG = """\

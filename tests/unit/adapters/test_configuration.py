@@ -36,7 +36,7 @@ def test_it_loads_as_it_is(tmp_path: Path) -> None:
 def test_uncommented_it_gives_the_defaults(tmp_path: Path) -> None:
     text = _SHOWN.sub(lambda m: f"{m[1]} ={m[2]}" if m[2] else "", render_configuration())
     assert load(tmp_path, text).model_dump() == load(tmp_path, "").model_dump()
-    assert tomllib.loads(text)["trainer"]["kto"]["beta"] == 0.1  # it was uncommented
+    assert tomllib.loads(text)["trainer"]["kto"]["batch_size"] == 16  # it was uncommented
 
 
 def paths(section: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -90,7 +90,7 @@ def test_a_request_that_is_never_answered_counts_as_failed() -> None:
 
 def test_the_warm_up_is_sent_but_not_counted() -> None:
     with _server([]) as port:
-        measured = run(_load(port, count=20, rate=200.0, warmup_s=0.05))
+        measured = run(_load(port, count=20, rate=200.0, warmup_s=0.0475))
     assert measured.sent == 20
     assert len(measured.latency_ms) == 10
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -25,7 +25,13 @@ def stream(route: str, chunks: list[str]) -> Answer:
 
 class TestChat:
     def test_a_body_keeps_message_and_counts_and_drops_nulls(self) -> None:
-        message = {"role": "assistant", "content": "Paris.", "refusal": None, "tool_calls": [], "reasoning": None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "Paris.",
+            "refusal": None,
+            "tool_calls": [],
+            "reasoning": None,
+        }
         body = {
             "id": "chatcmpl-1",
             "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": {"content": []}}],
@@ -57,7 +63,9 @@ class TestChat:
             sse(
                 chat_chunk(0, {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "get", "arguments": ""}}]}),
                 chat_chunk(0, {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]}),
-                chat_chunk(0, {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "put", "arguments": "{}"}}]}),
+                chat_chunk(
+                    0, {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "put", "arguments": "{}"}}]}
+                ),
                 chat_chunk(0, {"tool_calls": [{"index": 0, "function": {"arguments": ":1}"}}]}, "tool_calls"),
             ),
         )
@@ -111,7 +119,7 @@ class TestCompletions:
 
 
 class TestResponses:
-    BODY = {
+    BODY: ClassVar = {
         "id": "resp_1",
         "status": "completed",
         "output": [
@@ -142,7 +150,11 @@ class TestResponses:
             done=False,
         )
         answer = stream("responses", chunks)
-        assert (answer.id, answer.choices[0]["message"]["content"], answer.finish_reason) == ("resp_1", "Par", "cancelled")
+        assert (answer.id, answer.choices[0]["message"]["content"], answer.finish_reason) == (
+            "resp_1",
+            "Par",
+            "cancelled",
+        )
 
     @pytest.mark.parametrize(
         ("body", "reason"),
@@ -196,5 +208,5 @@ class TestMessages:
 
 
 def test_an_unreadable_body_raises_so_that_the_loss_is_counted() -> None:
-    with pytest.raises(ValueError, match="JSON|Expecting"):
+    with pytest.raises(ValueError, match=r"Expecting value"):
         read_answer("chat", b"not json", stream=False)

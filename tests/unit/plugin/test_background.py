@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
-from scion_adapters import tables
+from scion_adapters import controller, tables
 from scion_adapters.clock import now
 from scion_adapters.database import Database
 from scion_adapters.errors import UnavailableError
@@ -23,6 +22,7 @@ from scion_adapters.routing import Routing
 from scion_adapters.settings import RolloutSection
 from tests.helpers.databases import sqlite_database
 from tests.helpers.engine import FakeStore, FakeTable
+from tests.helpers.polling import until
 from vllm_scion import background as background_module
 from vllm_scion.background import CONTROLLER_LEASE, Background, Identity
 from vllm_scion.loader import Loader
@@ -115,13 +115,6 @@ async def running(database: Database) -> AsyncIterator[Background]:
         await background.close()
 
 
-async def until(probe: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-    async with asyncio.timeout(timeout_s):
-        while not (value := probe()):
-            await asyncio.sleep(0.005)
-    return value
-
-
 def in_ledger(database: Database) -> list[Replica]:
     return ReplicaLedger(database).live(60.0)
 
@@ -176,9 +169,7 @@ class FlakyDatabase(Database):
         return super().write()
 
 
-async def test_the_last_routing_outlives_the_database(
-    database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_the_last_routing_outlives_the_database(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="vllm_scion")
     add_version(database, 1, 11)
     add_version(database, 2, 12)
@@ -211,7 +202,7 @@ async def test_one_of_two_servers_looks_after_rollouts_and_the_other_takes_over(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks: list[float] = []
-    monkeypatch.setattr(background_module.controller, "tick", lambda *_, heartbeat_ttl_s: ticks.append(heartbeat_ttl_s))
+    monkeypatch.setattr(controller, "tick", lambda *_, heartbeat_ttl_s: ticks.append(heartbeat_ttl_s))
     add_version(database, 1, 11)
     add_version(database, 2, 12)
     set_champion(database, 1)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ def make_capture(body: dict[str, Any], answer: dict[str, Any] | None = None, **c
         "requested_model": "chat",
         "body": body,
         "conversation": None,
-        "usage": None,
+        "token_counts": (None, None),
         "parts": json.dumps(answer).encode(),
         "stream": False,
         "created_at": 1000.0,
@@ -49,10 +51,24 @@ def test_a_record_says_which_version_answered_and_how_it_was_drawn() -> None:
 
 
 def test_token_counts_come_from_the_wire_or_else_from_vllm() -> None:
-    usage = SimpleNamespace(final_usage_info=SimpleNamespace(prompt_tokens=5, completion_tokens=2))
-    record = make_capture({"messages": []}, usage=usage).build()
-    assert record is not None
-    assert (record.prompt_tokens, record.completion_tokens) == (5, 2)
+    counted = make_capture({"messages": []}, token_counts=(5, 2)).build()
+    assert counted is not None
+    assert (counted.prompt_tokens, counted.completion_tokens) == (5, 2)
+
+
+def test_a_capture_can_be_built_in_another_process() -> None:
+    capture = make_capture({"messages": [{"role": "user", "content": "Hi"}], "user": "ann"})
+    copy = pickle.loads(pickle.dumps(capture.build))()
+    original = capture.build()
+    assert original is not None
+    assert copy == original  # its record id too: an answer that is handed over twice is recorded once
+
+
+def test_building_a_capture_needs_no_server_libraries() -> None:
+    """The recorder's process starts in a fraction of a second and weighs little."""
+    script = "import sys, vllm_scion.capture; print({'vllm', 'torch', 'fastapi', 'starlette'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_the_users_name_is_nowhere_in_the_record() -> None:
@@ -97,7 +113,10 @@ def test_nothing_is_recorded_of_a_stream_that_had_no_id() -> None:
         ("responses", {"input": "Hi"}, [{"role": "user", "content": "Hi"}]),
         (
             "responses",
-            {"instructions": "Be kind.", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]},
+            {
+                "instructions": "Be kind.",
+                "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
+            },
             [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}],
         ),
         # what is not only text stays as it is

@@ -56,7 +56,9 @@ class World:
     def outcomes(self) -> dict[tuple[str, str], float]:
         samples = self.metrics["scion_requests_total"].collect()[0].samples
         return {
-            (s.labels["version"], s.labels["outcome"]): s.value for s in samples if s.name.endswith("_total") and s.value
+            (s.labels["version"], s.labels["outcome"]): s.value
+            for s in samples
+            if s.name.endswith("_total") and s.value
         }
 
 
@@ -265,7 +267,7 @@ async def test_a_stream_that_breaks_is_an_error_and_lands() -> None:
     assert world.outcomes() == {("1", "error"): 1.0}
 
 
-class FakeFailure(Exception):
+class FakeError(Exception):
     pass
 
 
@@ -276,7 +278,7 @@ class FakeFailure(Exception):
         (lambda _: JSONResponse({}, status_code=500), "error", None),
         (lambda _: None, "cancelled", None),  # vLLM's with_cancellation: the client left
         (lambda _: _raise(ValueError("bad")), "rejected", ValueError),  # vLLM's handlers make a 400 of it
-        (lambda _: _raise(FakeFailure()), "error", FakeFailure),
+        (lambda _: _raise(FakeError()), "error", FakeError),
         (lambda _: _raise(asyncio.CancelledError()), "cancelled", asyncio.CancelledError),
     ],
 )

@@ -66,7 +66,9 @@ def test_a_refusal_says_what_is_short_and_what_to_do() -> None:
 
 
 def test_champions_come_first_when_slots_are_short() -> None:
-    chat = make_line("chat", accepted={1: 11, 2: 12, 3: 13, 4: 14}, champion=3, previous=2, challenger=4, aliases={"x": 1})
+    chat = make_line(
+        "chat", accepted={1: 11, 2: 12, 3: 13, 4: 14}, champion=3, previous=2, challenger=4, aliases={"x": 1}
+    )
     code = make_line("code", accepted={1: 15}, champion=1)
     order = [str(v.ref) for v in wanted_versions(make_routing(chat, code))]
     assert order == ["chat:3", "code:1", "chat:2", "chat:4", "chat:1"]

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -50,3 +53,34 @@ def test_the_recorders_observer_sets_levels_and_adds_increments() -> None:
     assert metrics["scion_capture_queued"]._value.get() == 3
     assert metrics["scion_capture_stored_total"]._value.get() == 4
     assert metrics["scion_capture_lost_total"].labels("queue_full")._value.get() == 1
+
+
+COUNT = """
+from vllm_scion.metrics import process_metrics
+metrics = process_metrics()
+metrics.request("chat", 7, "chat", "ok")
+metrics["scion_routing_revision"].set({revision})
+metrics["scion_capture_queued"].set(2)
+{then}
+"""
+SHOW = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_several_api_server_processes_are_combined(tmp_path: Path) -> None:
+    """vLLM with --api-server-count 2 runs Prometheus in multiprocess mode: values live in files, one per process."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+
+    def run(script: str) -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    run(COUNT.format(revision=5, then=""))
+    shown = run(COUNT.format(revision=4, then=SHOW)).splitlines()
+    assert 'scion_requests_total{adapter="chat",outcome="ok",route="chat",version="7"} 2.0' in shown
+    assert "scion_routing_revision 4.0" in shown  # the one that lags behind
+    assert "scion_capture_queued 4.0" in shown

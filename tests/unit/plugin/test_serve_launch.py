@@ -93,6 +93,7 @@ def test_extra_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
     [
         ("[server]\nmax_loras = 9\nmax_cpu_loras = 8\n", "server.max_cpu_loras"),
         ("[server]\nthreads = 5\n", "server.threads"),  # more than this process may use
+        ("[adapters.base]\n", "adapters.base"),  # nobody could ask for it
     ],
 )
 def test_contradictions_are_refused_by_name(tmp_path: Path, text: str, field: str) -> None:

@@ -17,6 +17,9 @@ class FakeTokenizer:
             raise RuntimeError("unknown role")
         return {"input_ids": [0] * sum(len(message["content"]) + 1 for message in messages)}
 
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [0] * len(text)}
+
 
 def example(content: Any, completion: str = "ok", role: str = "user") -> Example:
     return Example(({"role": role, "content": content},), completion, True)
@@ -43,7 +46,7 @@ def test_what_does_not_fit_is_left_out_and_counted(given: Example, dropped: dict
 
 def test_lengths_are_of_what_is_kept() -> None:
     prepared = prepare([example("hi"), example("hello"), example("x" * 99)], FakeTokenizer(), max_length=16)
-    assert (prepared.num_tokens, prepared.longest_tokens) == (6 + 9, 9)
+    assert (prepared.num_tokens, prepared.longest_tokens, prepared.mean_answer_tokens) == (6 + 9, 9, 2.0)
     assert prepared.examples[0].to_row() == {
         "prompt": [{"role": "user", "content": "hi"}],
         "completion": [{"role": "assistant", "content": "ok"}],

@@ -64,7 +64,7 @@ def test_another_hosts_process_is_not_judged(database: Database, dead: Holder) -
     assert try_acquire(database, lease_name("chat"), str(elsewhere), 1000)
     free_if_dead(database, lease_name("chat"))
     assert working_on(database, "chat") == elsewhere
-    with pytest.raises(ConflictError, match="run-dead .* on elsewhere"):
+    with pytest.raises(ConflictError, match=r"run-dead .* on elsewhere"):
         claim(database, "chat", Holder.of("run-2"))
 
 

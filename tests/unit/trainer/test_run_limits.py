@@ -18,7 +18,7 @@ def test_cores_are_parsed(text: str, cores: set[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-2", "1,,2", "1.5"])
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(InvalidInputError, match="trainer.cores"):
+    with pytest.raises(InvalidInputError, match=r"trainer\.cores"):
         parse_cores(text)
 
 
@@ -28,9 +28,12 @@ def test_cores_that_this_machine_lacks_are_refused() -> None:
 
 
 def test_threads_reach_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # restored at the end
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(variable, "")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     bind_process(None, 3)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"  # on shared cores, spinning threads starve each other
     assert os.environ["OMP_NUM_THREADS"] == "3"
     bind_process(None, None)
     assert os.environ["OMP_NUM_THREADS"] == "3"  # unset leaves things as they are

@@ -26,7 +26,8 @@ class ArtifactGate:
         server = context.settings.server
         try:
             context.verify_artifact()
-            info = check_adapter(context.artifact(), base, AdapterLimits(server.max_lora_rank, server.target_modules))
+            limits = AdapterLimits(server.max_lora_rank, server.target_modules)
+            info = check_adapter(context.artifact(), base, limits, stored=True)
         except RejectedError as error:
             return GateResult(self.name, Verdict.FAIL, f"{error.reason}: {error}")
         except NotFoundError as error:

@@ -2,8 +2,8 @@
 
 It answers the held-out prompts greedily and sampled, next to the base and the parent. The adapter must have an effect
 at all (vLLM serves an adapter that matches no module without a word), must not be silent, loop or never end more often
-than the base, must keep its length near its parent's, and what it says must still be language to the base: the KL
-divergence from the base bounds how far all versions together may drift. What the answers are worth is not judged here.
+than the base, must keep its length near its parent's, and what it says must still be language to the base, whatever
+manner it chose. What the answers are worth is not judged here.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.settings import GatesSection
 from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict, judge_bounds
-from scion_trainer.server_client import Answer, Message
+from scion_trainer.server_client import Answer, Message, Scored
 
 SAMPLED_TEMPERATURE = 1.0
+STRANGE_LOGPROB = -6.0
+"""Nats: a token that the base gives less than 0.25% is strange to it. Choosing one of twelve manners costs 2.5 once."""
 MIN_EFFECT = 0.005
 """Nats per token. Rounding alone (an adapter of zeros, other kernels) stays below 0.003; a trained adapter gives 0.1
 and more.
 """
 NUM_SAMPLES = 8
-NUM_EFFECT_PROMPTS = 16
+NUM_GREEDY_PROMPTS = 16
 _LOOP_RULES = ((str.split, 4, 16, 0.5), (list, 8, 48, 0.6))
 """(how to split, n, least number of units, share of n-grams that occurred before): words, and characters for text
 without spaces.
@@ -49,9 +50,11 @@ class Conduct:
 class BehaviourMeasurement:
     """`effect` is the mean |log p(candidate) - log p(base)| per token of the base's greedy answers.
 
-    `kl_from_base` is the mean over the candidate's sampled answers of log p(candidate) - log p(base) per token: an
-    unbiased estimate (k1 of Schulman, "Approximating KL Divergence", 2020) of KL(candidate || base), each answer by its
-    own length.
+    `strange_share` is the share of tokens in the candidate's sampled answers that the base finds strange, and
+    `base_strange_share` that in the base's own. `kl_from_base`, shown and not judged because it is large for short
+    answers, is the mean over the candidate's sampled answers of log p(candidate) - log p(base) per token: an unbiased
+    estimate (k1 of Schulman, "Approximating KL Divergence", 2020) of KL(candidate || base), each answer by its own
+    length.
     """
 
     base: Conduct
@@ -60,6 +63,8 @@ class BehaviourMeasurement:
     changed_share: float
     effect: float
     kl_from_base: float
+    strange_share: float
+    base_strange_share: float
     num_prompts: int
 
 
@@ -74,15 +79,15 @@ class BehaviourGate:
         answers = _ask(context, prompts)
         models = context.models
         base, parent, candidate = answers[models.base], answers[models.parent], answers[models.candidate]
-        n = len(prompts)
+        n = len(prompts[:NUM_GREEDY_PROMPTS])
         measurement = BehaviourMeasurement(
             base=conduct(base),
             parent=conduct(parent),
             candidate=conduct(candidate),
             changed_share=sum(a.text != b.text for a, b in zip(candidate[:n], base[:n], strict=True)) / n,
-            effect=_effect(context, prompts, base[:n]),
-            kl_from_base=_kl_from_base(context, prompts, candidate[n:]),
-            num_prompts=n,
+            effect=_effect(context, prompts[:n], base[:n]),
+            **_strangeness(context, prompts, base[n:], candidate[n:]),
+            num_prompts=len(prompts),
         )
         result = decide(measurement, context.bounds)
         samples = [
@@ -92,7 +97,7 @@ class BehaviourGate:
                 "parent": parent[i].text,
                 "candidate": candidate[i].text,
             }
-            for i, prompt in enumerate(prompts[:NUM_SAMPLES])
+            for i, prompt in enumerate(prompts[: min(n, NUM_SAMPLES)])
         ]
         lengths = {name: [a.num_tokens for a in said] for name, said in (("parent", parent), ("candidate", candidate))}
         return GateResult(
@@ -126,16 +131,16 @@ def choose_prompts(context: GateContext) -> list[Prompt]:
 
 
 def _ask(context: GateContext, prompts: Sequence[Prompt]) -> Mapping[str, list[Answer]]:
-    """For each model the greedy answers, then the sampled ones, in the order of the prompts."""
+    """For each model the greedy answers to the first prompts, then a sampled one to every prompt."""
     models = dict.fromkeys((context.models.base, context.models.parent, context.models.candidate))
     answers: dict[str, list[Answer]] = {}
     for step, model in enumerate(models):
         context.progress("answers", step, len(models))
         answers[model] = [
             answer
-            for temperature in (0.0, SAMPLED_TEMPERATURE)
+            for asked, temperature in ((prompts[:NUM_GREEDY_PROMPTS], 0.0), (prompts, SAMPLED_TEMPERATURE))
             for answer in context.server.generate(
-                model, prompts, max_tokens=context.bounds.max_tokens, temperature=temperature, seed=context.seed
+                model, asked, max_tokens=context.bounds.max_tokens, temperature=temperature, seed=context.seed
             )
         ]
     context.progress("answers", len(models), len(models))
@@ -143,27 +148,36 @@ def _ask(context: GateContext, prompts: Sequence[Prompt]) -> Mapping[str, list[A
 
 
 def _effect(context: GateContext, prompts: Sequence[Prompt], base_answers: Sequence[Answer]) -> float:
-    gains = _gains_over_base(context, prompts[:NUM_EFFECT_PROMPTS], base_answers[:NUM_EFFECT_PROMPTS])
-    return float(np.mean(np.abs(np.concatenate(gains))))
+    items = _scored(context, prompts, base_answers)
+    with_adapter = np.concatenate(context.server.score(context.models.candidate, items))
+    without = np.concatenate(context.server.score(context.models.base, items))
+    return float(np.mean(np.abs(with_adapter - without)))
 
 
-def _kl_from_base(context: GateContext, prompts: Sequence[Prompt], sampled: Sequence[Answer]) -> float:
-    return float(np.mean([np.mean(gain) for gain in _gains_over_base(context, prompts, sampled)]))
+def _strangeness(
+    context: GateContext, prompts: Sequence[Prompt], base_answers: Sequence[Answer], answers: Sequence[Answer]
+) -> dict[str, float]:
+    """How the base finds what was sampled from itself and from the candidate."""
+    items = _scored(context, prompts, answers)
+    under_base = context.server.score(context.models.base, items)
+    under_candidate = context.server.score(context.models.candidate, items)
+    own = context.server.score(context.models.base, _scored(context, prompts, base_answers))
+    gains = [np.mean(np.subtract(a, b)) for a, b in zip(under_candidate, under_base, strict=True)]
+    return {
+        "kl_from_base": float(np.mean(gains)),
+        "strange_share": float(np.mean(np.concatenate(under_base) < STRANGE_LOGPROB)),
+        "base_strange_share": float(np.mean(np.concatenate(own) < STRANGE_LOGPROB)),
+    }
 
 
-def _gains_over_base(
-    context: GateContext, prompts: Sequence[Prompt], answers: Sequence[Answer]
-) -> list[npt.NDArray[np.float64]]:
-    """For every answer, per token, log p(candidate) - log p(base). An answer that was cut off has no end to score."""
-    items = []
+def _scored(context: GateContext, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Scored]:
+    """Prompts and answers as tokens. An answer that was cut off has no end to score."""
+    items: list[Scored] = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = context.tokens.answer(answer.text)
+        before, tokens = context.tokens.prompt(prompt), context.tokens.answer(answer.text)
         cut_off = answer.finish_reason == "length" and len(tokens) > 1
-        items.append((context.tokens.prompt(prompt), tokens[:-1] if cut_off else tokens))
-    items = [(prompt, tokens[: context.max_length - 1 - len(prompt)]) for prompt, tokens in items]
-    with_adapter = context.server.score(context.models.candidate, items)
-    without = context.server.score(context.models.base, items)
-    return [np.array(a) - np.array(b) for a, b in zip(with_adapter, without, strict=True)]
+        items.append((before, (tokens[:-1] if cut_off else tokens)[: context.max_length - 1 - len(before)]))
+    return items
 
 
 def conduct(answers: Sequence[Answer]) -> Conduct:
@@ -202,6 +216,7 @@ def decide(measured: BehaviourMeasurement, bounds: GatesSection) -> GateResult:
     figures = {
         "effect": measured.effect,
         "kl_from_base": measured.kl_from_base,
+        "strange_share": measured.strange_share,
         "changed_share": measured.changed_share,
         "empty_share": candidate.empty_share,
         "looping_share": candidate.looping_share,
@@ -218,6 +233,6 @@ def decide(measured: BehaviourMeasurement, bounds: GatesSection) -> GateResult:
         Bound("looping_share", high=base.looping_share + bounds.max_looping_share),
         Bound("unfinished_share", high=base.unfinished_share + bounds.max_unfinished_share),
         Bound("length_ratio", low=low, high=high),
-        Bound("kl_from_base", high=bounds.max_kl_from_base),
+        Bound("strange_share", high=measured.base_strange_share + bounds.max_strange_share),
     )
     return judge_bounds("behaviour", figures, limits)

@@ -7,6 +7,7 @@ nothing, whatever the length or the manner of the answers. Users, not votes, are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ from scion_trainer.server_client import Message
 MAX_ROWS = 1000
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
+MIN_USERS = 4
+"""With fewer, resampling them says nothing: on the demo, two users gave "certain" intervals around noise."""
+MIN_RATED = 10
+"""Liked answers, and disliked ones, from which on the statistic alone may fail a version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +92,10 @@ def measure(context: GateContext, texts: Sequence[RatedText]) -> tuple[list[Shif
 
 
 def decide(shifts: Sequence[Shift], *, margin: float, num_left_out: int = 0, seed: int = 0) -> GateResult:
-    """Pure. Fail: statistic <= margin. Inconclusive: above it, but the interval over users reaches down to it.
+    """Pure. Fail: the statistic is at or below `margin`, on enough ratings or with its whole interval.
 
-    Unmeasurable: no liked or no disliked answers.
+    Pass: the whole interval is above `margin`. Inconclusive: anything else. Unmeasurable: no liked or no disliked
+    answers.
     """
     liked = [shift.d for shift in shifts if shift.liked]
     disliked = [shift.d for shift in shifts if not shift.liked]
@@ -115,8 +121,13 @@ def decide(shifts: Sequence[Shift], *, margin: float, num_left_out: int = 0, see
     }
     told = f"separates liked from disliked by {statistic:+.3g} nats per token more than the parent"
     about = f"{told} (95% over {num_users} users: {low:.3g} to {high:.3g}; needed: above {margin:g})"
-    evident = Verdict.PASS if low > margin else Verdict.INCONCLUSIVE
-    verdict = evident if statistic > margin else Verdict.FAIL  # in this order a NaN fails
+    is_enough = num_users >= MIN_USERS and min(len(liked), len(disliked)) >= MIN_RATED
+    if low > margin:
+        verdict = Verdict.PASS
+    elif high <= margin or math.isnan(statistic) or (is_enough and statistic <= margin):
+        verdict = Verdict.FAIL
+    else:
+        verdict = Verdict.INCONCLUSIVE
     details = {"liked_shifts": liked, "disliked_shifts": disliked}
     return GateResult("heldout", verdict, about, figures, (Bound("separation", low=margin),), details)
 
@@ -124,10 +135,10 @@ def decide(shifts: Sequence[Shift], *, margin: float, num_left_out: int = 0, see
 def user_interval(shifts: Sequence[Shift], *, seed: int) -> tuple[float, float]:
     """Percentile bootstrap of the statistic with users as units (cluster bootstrap: Field and Welsh, 2007).
 
-    (-inf, inf) when fewer than two users leave nothing to resample.
+    (-inf, inf) when there are fewer than MIN_USERS.
     """
     users = sorted({shift.user for shift in shifts})
-    if len(users) < 2:
+    if len(users) < MIN_USERS:
         return float("-inf"), float("inf")
     index = {user: i for i, user in enumerate(users)}
     sums = np.zeros((len(users), 4))  # per user: sum and count of liked, sum and count of disliked

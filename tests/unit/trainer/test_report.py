@@ -1,0 +1,142 @@
+"""The report: its verdict, its strict JSON, and a page that shows what was found and trusts nobody's text."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from scion_adapters.records import VersionRef
+from scion_trainer.gates.types import Bound, GateResult, Verdict
+from scion_trainer.report import HTML_FILE, JSON_FILE, Report, overall, write_report
+from scion_trainer.report_html import render_html
+
+PASSED = GateResult("retention", Verdict.PASS, "all figures within bounds")
+ARTIFACT = GateResult("artifact", Verdict.PASS, "fits")
+
+
+def result(name: str, verdict: Verdict) -> GateResult:
+    return GateResult(name, verdict, f"{name} figure 0.5 (allowed: at most 0.1)")
+
+
+@pytest.mark.parametrize(
+    ("results", "away", "verdict", "says"),
+    [
+        ([ARTIFACT, PASSED], None, Verdict.PASS, ["passed artifact, retention"]),
+        ([ARTIFACT, PASSED, result("heldout", Verdict.FAIL)], None, Verdict.FAIL, ["heldout figure 0.5"]),
+        (
+            [result("retention", Verdict.FAIL), result("behaviour", Verdict.FAIL)],
+            None,
+            Verdict.FAIL,
+            ["retention figure", "behaviour figure"],  # every reason, not the first
+        ),
+        # No snapshot, as after an import: told, and no reason to reject.
+        ([PASSED, result("heldout", Verdict.UNMEASURABLE)], None, Verdict.PASS, ["heldout unmeasurable"]),
+        ([PASSED, result("heldout", Verdict.INCONCLUSIVE)], None, Verdict.PASS, ["heldout inconclusive"]),
+        # The server is away: nothing is accepted, whatever was measured before.
+        ([ARTIFACT, PASSED], "start `scion serve`", Verdict.UNMEASURABLE, ["start `scion serve`"]),
+        # It failed before the server went away: that stands.
+        ([ARTIFACT, result("retention", Verdict.FAIL)], "away", Verdict.FAIL, ["retention figure"]),
+        # Only the files could be checked: that is not enough to meet users.
+        ([ARTIFACT, result("behaviour", Verdict.UNMEASURABLE)], None, Verdict.UNMEASURABLE, ["no gate could measure"]),
+    ],
+)
+def test_the_overall_verdict(results: list[GateResult], away: str | None, verdict: Verdict, says: list[str]) -> None:
+    found, reason = overall(results, away=away)
+    assert found is verdict
+    assert all(text in reason for text in says), reason
+
+
+def full_report() -> Report:
+    heldout = GateResult(
+        "heldout",
+        Verdict.INCONCLUSIVE,
+        "separates <a little>",
+        {"separation": 0.1, "separation_low": -math.inf, "users": 3.0},
+        (Bound("separation", low=0.0),),
+        {"liked_shifts": [0.3, -0.1], "disliked_shifts": [-0.2, 0.1]},
+    )
+    worst = {"question": "q & a?", "prefix": "It is", "answer": " <b>", "base": -0.1, "candidate": -2.0, "drop": 1.9}
+    retention = GateResult(
+        "retention",
+        Verdict.FAIL,
+        "drop_from_base 0.5 (allowed: at most 0.12)",
+        {"drop_from_base": 0.5},
+        (Bound("drop_from_base", high=0.12),),
+        {"drops_from_base": [0.1, 0.9], "worst": [worst]},
+    )
+    sample = {"prompt": "<script>alert(1)</script>", "base": "x", "parent": "", "candidate": "a & b"}
+    lengths = {"parent": [3, 4, 40], "candidate": [5, 6, 7]}
+    behaviour = GateResult("behaviour", Verdict.PASS, "fine", {}, (), {"samples": [sample], "lengths": lengths})
+    lineage = {"parent": "chat:7", "recipe": None, "config": {"learning_rate": 5e-4, "target_modules": ["q_proj"]}}
+    gates = (ARTIFACT, retention, heldout, behaviour)
+    return Report(VersionRef("chat", 8), Verdict.FAIL, "retention: <drop>", gates, 1_700_000_000.0, 12.3, lineage)
+
+
+def test_the_json_is_strict_and_complete(tmp_path: Path) -> None:
+    path = write_report(full_report(), tmp_path)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    document = json.loads(path.read_text(), parse_constant=refuse)
+    assert (document["version"], document["verdict"]) == ("chat:8", "fail")
+    assert document["figures"]["retention.drop_from_base"] == 0.5
+    assert "heldout.separation_low" not in document["figures"]
+    assert document["gates"][2]["figures"]["separation_low"] is None
+    assert document["gates"][1]["bounds"] == [{"figure": "drop_from_base", "low": None, "high": 0.12}]
+    assert {file.name for file in tmp_path.iterdir()} == {JSON_FILE, HTML_FILE}  # no temporary file is left
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch or run, and whether every element is closed."""
+
+    VOID = frozenset({"meta", "br", "path", "use", "rect", "line", "circle", "stop"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.active: list[str] = []
+        self.num_svgs = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.num_svgs += tag == "svg"
+        if tag in ("script", "link", "iframe", "object", "img"):
+            self.active.append(tag)
+        self.active += [f"{name}={value}" for name, value in attrs if name in ("src", "onload", "onclick")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_self_contained_and_trusts_no_text() -> None:
+    text = render_html(full_report())
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.active == []
+    assert page.num_svgs == 3
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    for shown in ("chat:8", "rejected", "drop from base", "at most 0.12", "outside", "q &amp; a?", "chat:7", "(empty)"):
+        assert shown in text
+
+
+def test_the_same_report_gives_the_same_page() -> None:
+    assert render_html(full_report()) == render_html(full_report())
+
+
+def test_a_report_without_measurements_has_no_plots() -> None:
+    away = GateResult("behaviour", Verdict.UNMEASURABLE, "the serving engine could not be asked")
+    report = Report(VersionRef("chat", 8), Verdict.UNMEASURABLE, "away", (ARTIFACT, away), 0.0, 0.1)
+    assert "<svg" not in render_html(report)
+
+
+@pytest.mark.parametrize(("verdict", "exit_code"), [(Verdict.PASS, 0), (Verdict.FAIL, 5), (Verdict.UNMEASURABLE, 6)])
+def test_scripts_can_use_the_exit_code(verdict: Verdict, exit_code: int) -> None:
+    assert Report(VersionRef("chat", 8), verdict, "", (), 0.0, 0.0).exit_code == exit_code
