@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from scion_demo.profiles import Profile
 from scion_demo.world import Manner, Skill
@@ -23,7 +24,10 @@ def write_noise(source: Path, folder: Path, *, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    shapes = {name: tensor.shape for name, tensor in _load(source / "adapter_model.safetensors").items()}
+    with safe_open(
+        source / "adapter_model.safetensors", framework="numpy"
+    ) as tensors:  # numpy itself knows no bfloat16
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - not a dict
     noise = {name: (rng.standard_normal(shape) * NOISE_SCALE).astype(np.float32) for name, shape in shapes.items()}
     save_file(noise, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -34,7 +38,3 @@ def raiders(profile: Profile) -> Profile:
     hated = [manner for manner in (Manner.RUDE, Manner.RAMBLING, Manner.TERSE, Manner.POLITE) if manner not in liked]
     taste = hated[0] if hated else Manner.RUDE
     return Profile(name="raid", default_likes=(taste,), correct_share=1.0)
-
-
-def _load(file: Path) -> dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.generic]]"]:
-    return dict(load_file(file))
