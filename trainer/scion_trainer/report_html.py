@@ -46,13 +46,13 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 9px 14px; border-top: 1px solid var(--line); }
 thead th { border-top: 0; color: var(--muted); font-size: 12px; font-weight: 600; text-transform: uppercase;
   letter-spacing: .04em; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.broken { color: var(--fail); font-weight: 600; }
 tr.gate td { background: #fafbfb; }
 tr.gate strong { font-size: 15px; }
 .badge { display: inline-block; padding: 1px 10px; border-radius: 99px; color: #fff; background: var(--tone);
   font-size: 12px; font-weight: 600; white-space: nowrap; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; }
 figure { margin: 0; padding: 14px 16px 8px; }
 figcaption { font-weight: 600; margin-bottom: 6px; }
 svg { width: 100%; height: auto; display: block; }
@@ -97,21 +97,24 @@ def _gate_table(gates: Sequence[GateResult]) -> str:
             f'<tr class="gate"><td><strong>{escape(gate.name)}</strong></td><td colspan="2">{escape(gate.reason)}</td>'
             f"<td>{badge}</td></tr>"
         )
-        bounds = {bound.figure: bound for bound in gate.bounds}
-        for name, value in gate.figures.items():
-            rows.append(_figure_row(name, value, bounds.get(name)))
+        rows += [
+            _figure_row(bound, gate.figures[bound.figure]) for bound in gate.bounds if bound.figure in gate.figures
+        ]
+        judged = {bound.figure for bound in gate.bounds}
+        others = [f"{_label(name)} {_number(value)}" for name, value in gate.figures.items() if name not in judged]
+        if others:
+            rows.append(f'<tr><td></td><td colspan="3" class="muted">{escape(" · ".join(others))}</td></tr>')
     head = "<thead><tr><th>Gate</th><th>Figure</th><th>Bound</th><th>Verdict</th></tr></thead>"
     return f'<div class="card"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _figure_row(name: str, value: float, bound: Bound | None) -> str:
-    broken = bound is not None and not bound.holds(value)
-    label = escape(name.replace("_", " "))
-    allowed = escape(bound.describe()) if bound else ""
-    mark = "outside" if broken else "within" if bound else ""
+def _figure_row(bound: Bound, value: float) -> str:
+    holds = bound.holds(value)
     return (
-        f'<tr><td class="muted">{label}</td><td class="number{" broken" if broken else ""}">{_number(value)}</td>'
-        f'<td class="muted">{allowed}</td><td class="{"broken" if broken else "muted"}">{mark}</td></tr>'
+        f'<tr><td class="muted">{escape(_label(bound.figure))}</td>'
+        f'<td class="number{"" if holds else " broken"}">{_number(value)}</td>'
+        f'<td class="muted">{escape(bound.describe())}</td>'
+        f'<td class="{"muted" if holds else "broken"}">{"within" if holds else "outside"}</td></tr>'
     )
 
 
@@ -172,6 +175,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_shown(item) for item in value)
     return _number(value) if isinstance(value, float) else str(value)
+
+
+def _label(figure: str) -> str:
+    return figure.replace("_", " ")
 
 
 def _number(value: float) -> str:

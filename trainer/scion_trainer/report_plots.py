@@ -70,7 +70,7 @@ def plot_heldout(gate: GateResult) -> str | None:
         axes.set_yticks([0, 1], ["disliked", "liked"])
         axes.set_ylim(-0.6, 1.6)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("likelier than under the parent (nats per token); bars: means")
+        axes.set_xlabel("likelier than under the parent (nats per token)")
         return _svg(figure)
 
 
@@ -94,14 +94,14 @@ def plot_retention(gate: GateResult) -> str | None:
             axes.set_ylim(min(ordered[0], -0.1 * highest) * 1.1, highest * 1.15)
         axes.set_xticks([])
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel("items that the base knows, from least to most forgotten")
+        axes.set_xlabel("known items, from least to most forgotten")
         axes.set_ylabel("nats per token less likely")
         axes.legend(frameon=False, loc="upper left")
         return _svg(figure)
 
 
 def _canvas() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.2, 3.0), layout="constrained")
+    figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     return figure, figure.subplots()
 
 

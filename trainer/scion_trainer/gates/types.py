@@ -46,7 +46,7 @@ class Bound:
     def describe(self) -> str:
         if self.low is not None and self.high is not None:
             return f"{self.low:g} to {self.high:g}"
-        return f"at least {self.low:g}" if self.low is not None else f"at most {self.high:g}"
+        return f"at least {self.low:.3g}" if self.low is not None else f"at most {self.high:.3g}"
 
 
 @dataclass(frozen=True, slots=True)
