@@ -23,7 +23,8 @@ class VersionState(StrEnum):
     CANDIDATE = "candidate"  # published, not through the gates yet: only the gates may ask it
     ACCEPTED = "accepted"  # passed the gates: may be routed to
     REJECTED = "rejected"  # failed a gate: can never be routed to
-    RETIRED = "retired"  # files may be gone
+    RETIRED = "retired"  # taken out of service for good: gc may remove its files
+    QUARANTINED = "quarantined"  # its files are missing or damaged: never routed to
 
 
 class RolloutState(StrEnum):
@@ -73,6 +74,7 @@ class Version:
     run_id: str | None = None
     snapshot_id: str | None = None
     reason: str | None = None
+    files_removed_at: float | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,6 +124,7 @@ class Replica:
     in_flight: Mapping[int, int]
     routing_revision: int
     base_fingerprint: str
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ versions = Table(
     Column("reason", Text),  # why it was rejected or retired
     Column("created_at", Float, nullable=False),
     Column("created_by", String(128), nullable=False),
+    Column("files_removed_at", Float),  # by gc; the row stays: numbers, ids and lineage are for ever
     PrimaryKeyConstraint("adapter", "number"),
     ForeignKeyConstraint(["adapter"], ["adapters.name"]),
     UniqueConstraint("lora_id"),
@@ -158,6 +159,7 @@ replicas = Table(  # one row per live server process
     Column("id", String(128), primary_key=True),
     Column("host", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
+    Column("engine", String(255), nullable=False),  # the same for API server processes that share one engine
     Column("url", String(255), nullable=False),
     Column("started_at", Float, nullable=False),
     Column("heartbeat_at", Float, nullable=False),
@@ -169,6 +171,18 @@ replicas = Table(  # one row per live server process
     Column("in_flight", JSON, nullable=False),  # {"<lora_id>": running requests}
     Column("routing_revision", BigInteger, nullable=False),  # the routing it acts on
     Column("base_fingerprint", String(71), nullable=False),
+)
+
+api_keys = Table(  # the key itself is never stored
+    "api_keys",
+    metadata,
+    Column("id", String(16), primary_key=True),  # the public part of the key
+    Column("hash", String(64), nullable=False),  # SHA-256 of the whole key: it is random, so nothing slower is needed
+    Column("name", String(128), nullable=False),  # whose it is, in a person's words
+    Column("scopes", JSON, nullable=False),  # list of keys.Scope
+    Column("created_at", Float, nullable=False),
+    Column("created_by", String(128), nullable=False),
+    Column("revoked_at", Float),
 )
 
 # --- what users said -----------------------------------------------------------------------------------------------
