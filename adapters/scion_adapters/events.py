@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from scion_adapters import tables
 from scion_adapters.database import Database, next_value
+from scion_adapters.notifications import notify_routing
 from scion_adapters.records import Event
 
 ROUTING_COUNTER = "routing"
@@ -61,7 +62,9 @@ def list_events(
 
 def bump_routing(connection: sa.Connection) -> int:
     """Count the routing revision up, in every transaction that changes what servers should do. Returns the new one."""
-    return next_value(connection, ROUTING_COUNTER)
+    revision = next_value(connection, ROUTING_COUNTER)
+    notify_routing(connection, revision)
+    return revision
 
 
 def routing_revision(connection: sa.Connection) -> int:

@@ -70,7 +70,13 @@ class ServerSection(Section):
         None, ge=1, description="Longest prompt plus answer in tokens; unset = the model's own."
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU build only: cores for vLLM's worker, the first ones; unset = all."
+        None, ge=1, description="CPU build only: cores for each of vLLM's workers, from the first on; unset = all."
+    )
+    api_server_count: int | None = Field(
+        None, ge=1, description="HTTP server processes; unset = one for each copy of the engine."
+    )
+    data_parallel_size: int = Field(
+        1, ge=1, description="Copies of the engine behind them, each with all adapters; vLLM balances between them."
     )
     kv_cache_gib: int = Field(1, ge=1, description="CPU build only: GiB of key-value cache.")
     extra_args: tuple[str, ...] = Field((), description="Further arguments for vLLM, as on its command line.")

@@ -1,6 +1,6 @@
 """What a server process does beside answering: follow the routing, load versions, report itself, look after rollouts.
 
-Four small loops on the event loop, each with its database work in threads, so that a slow heartbeat delays no routing.
+Small loops on the event loop, each with its database work in threads, so that a slow heartbeat delays no routing.
 A database that does not answer is logged once, counted, and tried again: the last routing stays in force. Decisions are
 made elsewhere (loader.plan, scion_adapters.controller).
 """
@@ -21,6 +21,7 @@ from scion_adapters.clock import Clock, new_id, now
 from scion_adapters.database import Database
 from scion_adapters.errors import ScionError
 from scion_adapters.leases import release, try_acquire
+from scion_adapters.notifications import listen
 from scion_adapters.records import Replica
 from scion_adapters.replicas import ReplicaLedger
 from scion_adapters.routing import load_routing, read_revision
@@ -49,6 +50,8 @@ class Identity:
     max_lora_rank: int
     base_fingerprint: str
     started_at: float
+    engine: str  # the same for all API server processes in front of one engine
+    is_engine_shared: bool = False
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     id: str = field(default_factory=lambda: new_id("server"))
@@ -56,7 +59,7 @@ class Identity:
 
 @dataclass(slots=True)
 class Background:
-    """The four loops. `start` returns once the routing is followed and its versions are loaded."""
+    """The loops. `start` returns once the routing is followed and its versions are loaded."""
 
     database: Database
     ledger: ReplicaLedger
@@ -83,10 +86,12 @@ class Background:
 
     async def start(self) -> None:
         """Raises when the database does not answer: without a first routing there is nothing to serve."""
+        if self.identity.is_engine_shared:
+            self.loader.may_remove = self._may_remove
         self.loader.follow(await self._in_thread(lambda: load_routing(self.database)))
         await self.loader.step()
         await self._in_thread(lambda: self.ledger.report(self.replica()))
-        for loop in (self._watch, self._keep_loaded, self._report, self._control):
+        for loop in (self._watch, self._listen, self._keep_loaded, self._report, self._control):
             self._tasks.append(asyncio.create_task(self._forever(loop), name=f"scion-{loop.__name__.strip('_')}"))
 
     async def close(self) -> None:
@@ -123,6 +128,7 @@ class Background:
             in_flight={i: n for i, n in self.loader.serving.in_flight.items() if n > 0},
             routing_revision=self.loader.routing.revision,
             base_fingerprint=self.identity.base_fingerprint,
+            engine=self.identity.engine,
         )
 
     # --- the loops ----------------------------------------------------------------------------------------------------
@@ -138,6 +144,19 @@ class Background:
                 self._load.set()
                 self._tell.set()
         await _wait(self._look, self.settings.poll_interval_s)
+
+    async def _listen(self) -> None:
+        """Hear of changes at once. When that breaks, `_watch` still finds them at its next poll."""
+
+        def heard() -> None:
+            self._works("listen")
+            self.wake()
+
+        try:
+            await listen(self.database, heard)
+        except Exception as error:  # every driver has its own
+            self._fails("listen", error)
+            await asyncio.sleep(self.settings.heartbeat_s)
 
     async def _keep_loaded(self) -> None:
         if await self.loader.step():
@@ -166,6 +185,20 @@ class Background:
         await asyncio.sleep(self.settings.poll_interval_s)
 
     # --- shared -------------------------------------------------------------------------------------------------------
+
+    async def _may_remove(self, lora_id: int) -> bool:
+        """Whether no other process in front of this engine uses the version any more; what we use is told them first.
+
+        False when the database does not answer: a slot stays taken for a while, and nobody's answer is endangered.
+        """
+        replica = self.replica()
+
+        def look() -> bool:
+            self.ledger.report(replica)
+            others = (r for r in self.ledger.live(self.ttl_s) if r.engine == replica.engine and r.id != replica.id)
+            return not any(lora_id in other.loaded or lora_id in other.in_flight for other in others)
+
+        return await self._attempt("report", look) is True
 
     def _leave(self) -> None:
         if self._holds_lease:
@@ -203,19 +236,22 @@ class Background:
         try:
             result = await self._in_thread(work)
         except Exception as error:
-            self.metrics["scion_database_errors_total"].labels(operation).inc()
-            if operation not in self._broken:
-                self._broken.add(operation)
-                logger.error("%s: %s; serving goes on with routing revision %d", operation, error, self._revision)
+            self._fails(operation, error)
             return None
+        self._works(operation)
+        return result
+
+    def _fails(self, operation: str, error: Exception) -> None:
+        self.metrics["scion_database_errors_total"].labels(operation).inc()
+        if operation not in self._broken:
+            self._broken.add(operation)
+            revision = self.loader.routing.revision
+            logger.error("%s: %s; serving goes on with routing revision %d", operation, error, revision)
+
+    def _works(self, operation: str) -> None:
         if operation in self._broken:
             self._broken.discard(operation)
             logger.info("%s: works again", operation)
-        return result
-
-    @property
-    def _revision(self) -> int:
-        return self.loader.routing.revision
 
     @staticmethod
     def _monotonic() -> float:

@@ -71,6 +71,7 @@ class ScionEndpointPlugin:
         models = state.openai_serving_models
         table = private_vllm.LoraTable(engine_client, models)
         max_loras, max_cpu_loras, max_lora_rank = private_vllm.lora_limits(state)
+        engine_name, is_engine_shared = private_vllm.engine_name(state)
         engine = EngineFacts(
             table=table,
             base_names=table.base_names,
@@ -78,6 +79,8 @@ class ScionEndpointPlugin:
             max_cpu_loras=max_cpu_loras,
             max_lora_rank=max_lora_rank,
             url=_url(args),
+            engine=engine_name,
+            is_engine_shared=is_engine_shared,
         )
         try:
             settings = self._settings or load_settings()

@@ -53,11 +53,16 @@ class Plan:
     refused: Mapping[int, str]  # wanted, and there is no room: why
 
 
+async def _always(_: int) -> bool:
+    return True
+
+
 class Table(Protocol):
-    """What the loader needs of the engine."""
+    """What the loader needs of the engine. `forget`: requests no longer find it. `remove`: its slot is free."""
 
     async def load(self, *, key: str, lora_name: str, lora_id: int, path: str) -> None: ...
-    async def unload(self, *, key: str, lora_id: int) -> None: ...
+    def forget(self, *, key: str) -> None: ...
+    async def remove(self, *, lora_id: int) -> None: ...
 
 
 class Store(Protocol):
@@ -130,9 +135,12 @@ class Loader:
     slots: int
     approve: Callable[[VersionRef], None] = lambda _: None
     """Raises when the version must not be served by this engine; called in a thread before each load."""
+    may_remove: Callable[[int], Awaitable[bool]] = field(default=_always)
+    """Whether the engine may forget a LoRA id that this process does not use any more: others may share the engine."""
     monotonic: Callable[[], float] = time.monotonic
     routing: Routing = field(init=False)
     loaded: dict[int, WantedVersion] = field(default_factory=dict)
+    leaving: dict[int, WantedVersion] = field(default_factory=dict)  # unused here, and still in the engine
     failures: dict[int, Failure] = field(default_factory=dict)
     _secret: str = field(default_factory=lambda: secrets.token_hex(8))
 
@@ -148,7 +156,7 @@ class Loader:
         """Load what is missing, unload what is drained. True if the engine's versions, or the failures, changed."""
         wanted = wanted_versions(self.routing)
         wanted_ids = {v.lora_id for v in wanted}
-        before = (frozenset(self.loaded), {i: f.reason for i, f in self.failures.items()})
+        before = self._state()
         for lora_id in [i for i in self.failures if i not in wanted_ids]:
             del self.failures[lora_id]
         todo = plan(
@@ -156,23 +164,30 @@ class Loader:
             self.loaded,
             self.serving.in_flight,
             self.failures,
-            slots=self.slots,
+            slots=self.slots - len(self.leaving),
             now=self.monotonic(),
         )
+        for version in list(self.leaving.values()):
+            await self._remove(version)
         for lora_id in todo.unload:
             # Asked again: while the one before it was removed, a new routing may have given this one traffic.
             if lora_id not in self.routing.wanted and self.serving.in_flight.get(lora_id, 0) == 0:
-                await self._unload(self.loaded[lora_id])
+                self._retire(self.loaded[lora_id])
+                await self._remove(self.leaving[lora_id])
         for lora_id, reason in todo.refused.items():
             self.failures[lora_id] = Failure(reason, 0, 0.0)
         for version in todo.load:
             await self._load(version)
-        return before != (frozenset(self.loaded), {i: f.reason for i, f in self.failures.items()})
+        return before != self._state()
+
+    def _state(self) -> tuple[object, ...]:
+        return frozenset(self.loaded), frozenset(self.leaving), {i: f.reason for i, f in self.failures.items()}
 
     @property
     def is_settled(self) -> bool:
         """Nothing to load, unload or retry."""
-        return not self.failures and self.loaded.keys() == {v.lora_id for v in wanted_versions(self.routing)}
+        is_complete = self.loaded.keys() == {v.lora_id for v in wanted_versions(self.routing)}
+        return is_complete and not self.failures and not self.leaving
 
     async def _load(self, version: WantedVersion) -> None:
         def prepare() -> str:
@@ -194,24 +209,33 @@ class Loader:
         seconds = self.monotonic() - started
         self.failures.pop(version.lora_id, None)
         self.loaded[version.lora_id] = version
+        self.leaving.pop(version.lora_id, None)
         self.metrics["scion_adapter_loads_total"].labels("ok").inc()
         self.metrics["scion_adapter_load_seconds"].observe(seconds)
         logger.info("loaded %s (LoRA id %d) in %.3f s", version.ref, version.lora_id, seconds)
         self._publish()
 
-    async def _unload(self, version: WantedVersion) -> None:
+    def _retire(self, version: WantedVersion) -> None:
+        """No request finds the version any more, and none is left that does. The engine still holds it."""
         del self.loaded[version.lora_id]
+        self.leaving[version.lora_id] = version
         self._publish()
         self.serving.in_flight.pop(version.lora_id, None)
+        self.table.forget(key=self._key(version.ref))
+        self.metrics["scion_in_flight_requests"].labels(version.ref.adapter, str(version.ref.number)).set(0)
+
+    async def _remove(self, version: WantedVersion) -> None:
         try:
-            await self.table.unload(key=self._key(version.ref), lora_id=version.lora_id)
+            if not await self.may_remove(version.lora_id) or version.lora_id in self.loaded:
+                return
+            del self.leaving[version.lora_id]
+            await self.table.remove(lora_id=version.lora_id)
         except asyncio.CancelledError:
             raise
         except Exception:
             logger.exception("%s: the engine did not remove it; its slot stays taken until it is evicted", version.ref)
             return
         self.metrics["scion_adapter_unloads_total"].inc()
-        self.metrics["scion_in_flight_requests"].labels(version.ref.adapter, str(version.ref.number)).set(0)
         logger.info("unloaded %s (LoRA id %d)", version.ref, version.lora_id)
 
     def _failed(self, version: WantedVersion, error: Exception) -> None:

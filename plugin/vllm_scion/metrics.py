@@ -116,8 +116,8 @@ METRICS = (
         "scion_database_errors_total",
         "counter",
         ("operation",),
-        "Failed database operations of the server's own loops. Operation: routing, report, lease, controller.",
-        known=("routing", "report", "lease", "controller"),
+        "Failed database operations of the server's own loops. Operation: routing, listen, report, lease, controller.",
+        known=("routing", "listen", "report", "lease", "controller"),
     ),
 )
 

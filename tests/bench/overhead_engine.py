@@ -16,7 +16,7 @@ from tests.bench.figures import Interval, added, median_ratio, percentile
 from tests.bench.load import Generator, Load, Measured
 from tests.bench.overhead_stub import OURS, STOCK
 from tests.bench.world import Server, Spec, World, free_port, make_world, running
-from vllm_scion.serve import SERVER_MODULE, available_cores, is_cpu_build, plan_launch
+from vllm_scion.serve import available_cores, is_cpu_build, plan_launch
 
 MAX_TOKENS = 16
 NUM_CLIENTS = 16
@@ -102,6 +102,6 @@ def _stock(world: World) -> Spec:
         world.config, overrides={"server": {"port": port, "threads": max(1, len(available_cores()) - 1)}}
     )
     launch = plan_launch(settings, config_file=None, environ={}, cores=available_cores(), is_cpu=is_cpu_build())
-    command = ["-m", SERVER_MODULE, *launch.arguments, "--lora-modules", f"chat={world.adapter}"]
+    command = ["-m", "vllm.entrypoints.openai.api_server", *launch.arguments, "--lora-modules", f"chat={world.adapter}"]
     environment = {**launch.environment, "VLLM_PLUGINS": BASE_PLUGINS}
     return Spec(STOCK, command, port, environment)

@@ -13,6 +13,7 @@ class FakeTable:
 
     def __init__(self) -> None:
         self.keys: dict[str, int] = {}
+        self.forgotten: set[int] = set()
         self.calls: list[str] = []
         self.fail: set[int] = set()
         self.hold: asyncio.Event | None = None
@@ -25,9 +26,13 @@ class FakeTable:
         self.calls.append(f"load {lora_name} {lora_id} {path}")
         self.keys[key] = lora_id
 
-    async def unload(self, *, key: str, lora_id: int) -> None:
+    def forget(self, *, key: str) -> None:
+        self.forgotten.add(self.keys.pop(key))
+
+    async def remove(self, *, lora_id: int) -> None:
+        assert lora_id in self.forgotten, "requests could still find it"
+        self.forgotten.discard(lora_id)
         self.calls.append(f"unload {lora_id}")
-        assert self.keys.pop(key) == lora_id
 
 
 class FakeStore:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vllm_scion import background as background_module
 from vllm_scion.background import CONTROLLER_LEASE, Background, Identity
 from vllm_scion.loader import Loader
 from vllm_scion.metrics import Metrics
-from vllm_scion.serving import Serving
+from vllm_scion.serving import Flight, Serving
 
 FAST = RolloutSection(poll_interval_s=0.01, heartbeat_s=0.05)
 
@@ -95,19 +96,21 @@ def start_rollout(database: Database, number: int) -> None:
         bump_routing(connection)
 
 
-def make_background(database: Database) -> Background:
+def make_background(
+    database: Database, settings: RolloutSection = FAST, *, engine: str = "host:1", is_engine_shared: bool = False
+) -> Background:
     async def run(work: Callable[[], str]) -> str:
         return work()
 
     metrics = Metrics(CollectorRegistry())
-    identity = Identity("http://x", 4, 8, 16, "sha256:base", started_at=now())
+    identity = Identity("http://x", 4, 8, 16, "sha256:base", now(), engine, is_engine_shared)
     loader = Loader(FakeTable(), FakeStore(), Serving(), metrics, run, slots=8)
-    return Background(database, ReplicaLedger(database), loader, metrics, FAST, identity)
+    return Background(database, ReplicaLedger(database), loader, metrics, settings, identity)
 
 
 @asynccontextmanager
-async def running(database: Database) -> AsyncIterator[Background]:
-    background = make_background(database)
+async def running(database: Database, settings: RolloutSection = FAST, **options: Any) -> AsyncIterator[Background]:
+    background = make_background(database, settings, **options)
     await background.start()
     try:
         yield background
@@ -240,3 +243,40 @@ async def test_a_loop_that_stumbles_goes_on(
         set_champion(database, 0)
         await until(lambda: background.loader.routing.revision == 2)
     assert any("stumbled" in record.message for record in caplog.records)
+
+
+async def test_a_change_is_heard_of_between_two_polls(database: Database) -> None:
+    add_version(database, 1, 11)
+    async with running(database, RolloutSection(poll_interval_s=3600.0, heartbeat_s=3600.0)) as background:
+        await until(lambda: background.loader.routing.revision == 0)
+        set_champion(database, 1)
+        await until(lambda: background.loader.serving.published.resident == {11})
+        await until(lambda: in_ledger(database)[0].routing_revision == 1)
+
+
+async def test_processes_in_front_of_one_engine_leave_it_what_another_uses(database: Database) -> None:
+    add_version(database, 1, 11)
+    set_champion(database, 1)
+    shared: dict[str, Any] = {"engine": "host:1", "is_engine_shared": True}
+    async with running(database, **shared) as first, running(database, **shared) as second:
+        flight = Flight(second.loader.serving.in_flight, 11)
+        set_champion(database, 0)
+        await until(lambda: first.loader.leaving.keys() == {11})  # gone from the first process, not from the engine
+        assert second.loader.loaded.keys() == {11}
+        flight.land()
+        await until(lambda: first.loader.is_settled and second.loader.is_settled)
+        removals = [background.loader.table.calls.count("unload 11") for background in (first, second)]
+        assert all(count <= 1 for count in removals)
+        assert sum(removals) >= 1
+
+
+async def test_a_process_that_died_with_a_version_loaded_blocks_no_slot_for_ever(database: Database) -> None:
+    add_version(database, 1, 11)
+    set_champion(database, 1)
+    async with running(database, engine="host:1", is_engine_shared=True) as background:
+        dead = replace(background.replica(), id="dead", heartbeat_at=now() - 0.1)
+        ReplicaLedger(database).report(dead)
+        set_champion(database, 0)
+        await until(lambda: background.loader.leaving.keys() == {11})
+        await until(lambda: background.loader.is_settled)  # its last heartbeat is too long ago now
+        assert background.loader.table.calls[-1] == "unload 11"

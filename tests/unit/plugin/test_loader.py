@@ -209,14 +209,14 @@ async def test_one_asked_for_during_another_unload_is_kept() -> None:
     world.loader.follow(make_routing(make_line(accepted={1: 11, 2: 12}, champion=1, previous=2)))
     await world.loader.step()
     removed: list[int] = []
-    original = world.table.unload
+    original = world.table.remove
 
-    async def unload(*, key: str, lora_id: int) -> None:
+    async def remove(*, lora_id: int) -> None:
         removed.append(lora_id)
         world.loader.follow(make_routing(make_line(accepted={1: 11, 2: 12}, champion=2), revision=3))
-        await original(key=key, lora_id=lora_id)
+        await original(lora_id=lora_id)
 
-    world.table.unload = unload  # type: ignore[method-assign]
+    world.table.remove = remove  # type: ignore[method-assign]
     world.loader.follow(make_routing(make_line(accepted={1: 11, 2: 12}), revision=2))
     await world.loader.step()
     assert removed == [11]
@@ -228,10 +228,53 @@ async def test_an_engine_that_cannot_remove_does_not_stop_the_loader() -> None:
     world.loader.follow(make_routing(make_line(accepted={1: 11}, champion=1)))
     await world.loader.step()
 
-    async def unload(**_: Any) -> None:
+    async def remove(**_: Any) -> None:
         raise RuntimeError("engine is busy")
 
-    world.table.unload = unload  # type: ignore[method-assign]
+    world.table.remove = remove  # type: ignore[method-assign]
     world.loader.follow(make_routing(make_line(accepted={1: 11})))
     assert await world.loader.step()
     assert world.loader.is_settled
+
+
+async def test_a_version_stays_in_an_engine_that_others_use_it_in() -> None:
+    world = World()
+    others = {11}
+
+    async def may_remove(lora_id: int) -> bool:
+        return lora_id not in others
+
+    world.loader.may_remove = may_remove
+    world.loader.follow(make_routing(make_line(accepted={1: 11, 2: 12}, champion=1, previous=2)))
+    await world.loader.step()
+    world.loader.follow(make_routing(make_line(accepted={1: 11, 2: 12}, champion=2), revision=2))
+    assert await world.loader.step()
+    assert set(world.table.keys.values()) == {12}  # requests of this process do not find it
+    assert world.loader.leaving.keys() == {11}
+    assert not world.loader.is_settled
+    assert "unload 11" not in world.table.calls
+
+    assert not await world.loader.step()
+    others.clear()
+    assert await world.loader.step()
+    assert world.table.calls[-1] == "unload 11"
+    assert world.loader.is_settled
+
+
+async def test_a_version_that_is_wanted_again_before_it_was_removed_is_loaded_again() -> None:
+    world = World()
+
+    async def may_remove(_: int) -> bool:
+        return False
+
+    world.loader.may_remove = may_remove
+    first = make_routing(make_line(accepted={1: 11}, champion=1))
+    world.loader.follow(first)
+    await world.loader.step()
+    world.loader.follow(make_routing(make_line(accepted={1: 11}, champion=0), revision=2))
+    await world.loader.step()
+    world.loader.follow(first)
+    await world.loader.step()
+    assert world.resident == {11}
+    assert world.loader.leaving == {}
+    assert "unload 11" not in world.table.calls
