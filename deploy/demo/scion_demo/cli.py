@@ -1,6 +1,7 @@
 """`scion demo`: the command around the story."""
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,8 @@ def register(app: typer.Typer) -> None:
         except DemoError as error:
             Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
             sys.exit(1)
+        except asyncio.CancelledError:
+            sys.exit(128 + signal.SIGTERM)
         sys.exit(0 if met else 1)
 
 
@@ -56,6 +59,9 @@ async def _play(
     from scion_demo.results import plot, show, write_json
     from scion_demo.stage import set_stage
 
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # the server must not outlive us
     profile = load_profile(prefer)
     stage = set_stage(folder, seed=seed, port=port)
     chronicle = Chronicle()
