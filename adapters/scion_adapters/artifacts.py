@@ -13,14 +13,14 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scion_adapters.errors import NotFoundError, RejectedError
-from scion_adapters.files import fsync_path, publish_directory, remove_tree, write_file
+from scion_adapters.files import fsync_path, publish_directory, remove_tree, write_file, writing_to
 from scion_adapters.records import VersionRef, check_adapter_name
 from scion_adapters.remote_store import RemoteStore
 from scion_adapters.settings import Settings
@@ -56,7 +56,8 @@ class StagedArtifact:
 def list_files(directory: Path, *, stored: bool = False) -> dict[str, Path]:
     """The files of an adapter directory by name; `stored`: of one of ours, beside whose files a manifest lies.
 
-    Raises RejectedError: symlink, foreign_file, not_safetensors, empty, unreadable.
+    Raises RejectedError: symlink, foreign_file, not_safetensors, empty, unreadable. Hard links are files like others:
+    what enters the store is a copy.
     """
     if directory.is_symlink() or not directory.is_dir():
         reason = "symlink" if directory.is_symlink() else "unreadable"
@@ -65,27 +66,40 @@ def list_files(directory: Path, *, stored: bool = False) -> dict[str, Path]:
         )
     files: dict[str, Path] = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        mode = entry.stat(follow_symlinks=False).st_mode
-        if stat.S_ISLNK(mode):
-            raise RejectedError(f"{entry.name} is a symbolic link: copy the file itself", reason="symlink")
-        if entry.name in (_IGNORED | {MANIFEST_FILE} if stored else _IGNORED) and stat.S_ISREG(mode):
+        found = entry.stat(follow_symlinks=False)
+        if stat.S_ISLNK(found.st_mode):
+            raise RejectedError(f"{entry.name[:120]!a} is a symbolic link: copy the file itself", reason="symlink")
+        if not stat.S_ISREG(found.st_mode):
+            raise _foreign(entry.name)
+        if (stored and entry.name == MANIFEST_FILE) or not belongs(entry.name):
             continue
-        if entry.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
-            raise RejectedError(
-                f"{entry.name} can run code when it is loaded: save as safetensors", reason="not_safetensors"
-            )
-        if entry.name not in (*_REQUIRED, SCION_FILE) or not stat.S_ISREG(mode):
-            raise RejectedError(
-                f"{entry.name!r} does not belong to an adapter: put {CONFIG_FILE} and {WEIGHTS_FILE} in a directory "
-                "of their own",
-                reason="foreign_file",
-            )
+        if found.st_size == 0:
+            raise RejectedError(f"{entry.name} has 0 bytes: expected what PEFT saved", reason="empty")
         files[entry.name] = Path(entry.path)
     for name in _REQUIRED:
         if name not in files:
             reason = "empty" if name == WEIGHTS_FILE else "unreadable"
-            raise RejectedError(f"{directory.name} has no {name}: expected a directory that PEFT saved", reason=reason)
+            raise RejectedError(f"there is no {name}: expected the files that PEFT saved", reason=reason)
     return files
+
+
+def belongs(name: str) -> bool:
+    """Whether a file of that name is part of an adapter; False for what tools write beside one, which is left out.
+
+    Raises RejectedError for any other name: not_safetensors, foreign_file.
+    """
+    if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
+        raise RejectedError(
+            f"{name[:120]!a} can run code when it is loaded: save as safetensors", reason="not_safetensors"
+        )
+    if name not in (*_REQUIRED, SCION_FILE, *_IGNORED):
+        raise _foreign(name)
+    return name not in _IGNORED
+
+
+def _foreign(name: str) -> RejectedError:
+    message = f"{name[:120]!a} does not belong to an adapter: give {CONFIG_FILE} and {WEIGHTS_FILE} alone"
+    return RejectedError(message, reason="foreign_file")
 
 
 class ArtifactStore:
@@ -99,9 +113,10 @@ class ArtifactStore:
     def stage(self, directory: Path) -> Iterator[StagedArtifact]:
         """A flushed private copy of `directory`; it is gone after the block unless `commit` published it."""
         files = list_files(directory)
-        temporary = self._new_temporary()
+        temporary = self.new_temporary()
         try:
-            entries = {name: _copy(source, temporary / name) for name, source in files.items()}
+            with writing_to(self.root):
+                entries = {name: _copy(source, temporary / name) for name, source in files.items()}
             artifact = Artifact(_digest(entries), sum(int(entry["size_bytes"]) for entry in entries.values()))
             yield StagedArtifact(temporary, artifact, entries)
         finally:
@@ -111,12 +126,14 @@ class ArtifactStore:
         """Publish a staged copy: manifest last, rename, upload. Does nothing when the same contents are there."""
         digest = staged.artifact.digest
         target = self._directory(digest)
-        if target.exists() and not _is_intact(target, digest):
-            _set_aside(target, self._new_temporary())  # damaged by someone else: the copy at hand is the right one
-        if not target.exists():
-            manifest = {"digest": digest, "files": staged.entries}
-            write_file(staged.path / MANIFEST_FILE, json.dumps(manifest, indent=2, sort_keys=True).encode())
-            publish_directory(staged.path, target)  # False: another process was first, with the same bytes
+        with writing_to(self.root):
+            if os.path.lexists(target) and not _is_intact(target, digest):
+                self._set_aside(target)  # damaged by someone else: the copy at hand is the right one
+            if not target.exists():
+                manifest = {"digest": digest, "files": staged.entries}
+                write_file(staged.path / MANIFEST_FILE, json.dumps(manifest, indent=2, sort_keys=True).encode())
+                publish_directory(staged.path, target)  # False: another process was first, with the same bytes
+            os.utime(target)  # young again: gc leaves it alone until its new version is there
         if self._remote is not None:
             self._remote.upload(target, _key(digest), last=MANIFEST_FILE)
         return staged.artifact
@@ -137,17 +154,56 @@ class ArtifactStore:
         raise NotFoundError(f"artifact {digest} is not in {self.root}: was it removed, or is store.url another one?")
 
     def verify(self, digest: str) -> None:
-        """Read all of it again. Raises RejectedError(reason="digest_mismatch") when the bytes are not the name's."""
+        """Read all of it again. Raises RejectedError as `list_files` does, and with digest_mismatch when the bytes are
+        not those of the name.
+        """
         target = self.path(digest)
+        list_files(target, stored=True)  # a link or another file has a reason of its own
         if not _is_intact(target, digest):
             raise RejectedError(
                 f"the files in {target} are not those of {digest}: they were changed after publishing; publish again",
                 reason="digest_mismatch",
             )
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether `root` is only the cache of a remote store."""
+        return self._remote is not None
+
+    def has(self, digest: str) -> bool:
+        """Whether the local directory of the artifact is complete; the bytes are not read."""
+        return _is_complete(self._directory(digest))
+
+    def younger_than(self, digests: Collection[str], seconds: float) -> set[str]:
+        """Those of `digests` that were published, or published again, within the last `seconds`."""
+        found = set()
+        for digest in digests:
+            with suppress(FileNotFoundError):
+                if time.time() - self._directory(digest).stat().st_mtime < seconds:
+                    found.add(digest)
+        return found
+
+    def stored(self) -> set[str]:
+        """The digests of all local directories, complete or not."""
+        directory = self.root / "versions"
+        return {f"sha256:{entry.name}" for entry in directory.iterdir()} if directory.is_dir() else set()
+
+    def remove(self, digest: str) -> None:
+        """Delete the artifact, from a remote store too. Killed half-way it leaves a leftover in tmp/, never a part."""
+        target = self._directory(digest)
+        if self._remote is not None:
+            self._remote.remove(_key(digest), first=MANIFEST_FILE)
+        if target.exists():
+            self._set_aside(target)
+
     def report_path(self, ref: VersionRef) -> Path:
         """The local, writable directory of a version's report."""
         return self._writable("reports", check_adapter_name(ref.adapter), str(ref.number))
+
+    def report_files(self, ref: VersionRef) -> list[Path]:
+        """What there is of a version's report on this host."""
+        directory = self.root / "reports" / check_adapter_name(ref.adapter) / str(ref.number)
+        return sorted(directory.iterdir()) if directory.is_dir() else []
 
     def sync_report(self, ref: VersionRef) -> None:
         """Upload a version's report to a remote store; nothing to do for a directory."""
@@ -164,7 +220,7 @@ class ArtifactStore:
 
     def _fetch(self, digest: str, target: Path) -> None:
         assert self._remote is not None
-        temporary = self._new_temporary()
+        temporary = self.new_temporary()
         try:
             self._remote.download(_key(digest), temporary)
             if not _is_intact(temporary, digest):
@@ -174,7 +230,7 @@ class ArtifactStore:
             for file in temporary.iterdir():
                 fsync_path(file)
             if target.exists():  # incomplete, or `path` would have returned it
-                _set_aside(target, self._new_temporary())
+                self._set_aside(target)
             publish_directory(temporary, target)
         finally:
             remove_tree(temporary)
@@ -187,17 +243,26 @@ class ArtifactStore:
 
     def _writable(self, *parts: str) -> Path:
         directory = self.root.joinpath(*parts)
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing_to(self.root):
+            directory.mkdir(parents=True, exist_ok=True)
         return directory
 
-    def _new_temporary(self) -> Path:
+    def _set_aside(self, target: Path) -> None:
+        """Take a directory out of the store at one stroke, then delete it. Needs no space: a full disk can be freed."""
+        aside = self._writable("tmp") / uuid.uuid4().hex
+        os.rename(target, aside)
+        remove_tree(aside)
+
+    def new_temporary(self) -> Path:
+        """An empty directory on the store's disk, for the caller to remove."""
         parent = self._writable("tmp")
         for left_over in parent.iterdir():  # of processes that were killed
             with suppress(FileNotFoundError):  # or of one that is just finishing
                 if time.time() - left_over.lstat().st_mtime > _STALE_S:
                     remove_tree(left_over)
         temporary = parent / uuid.uuid4().hex
-        temporary.mkdir()
+        with writing_to(self.root):
+            temporary.mkdir()
         return temporary
 
 
@@ -248,11 +313,8 @@ def _is_complete(target: Path) -> bool:
 
 def _is_intact(target: Path, digest: str) -> bool:
     """Whether the files, read again, are exactly those that the digest stands for."""
-    if not _is_complete(target):
+    try:
+        files = list_files(target, stored=True)
+    except RejectedError:
         return False
-    return _digest({file.name: _entry(file) for file in target.iterdir() if file.name != MANIFEST_FILE}) == digest
-
-
-def _set_aside(target: Path, temporary: Path) -> None:
-    os.rename(target, temporary / target.name)
-    remove_tree(temporary)
+    return _is_complete(target) and _digest({name: _entry(file) for name, file in files.items()}) == digest

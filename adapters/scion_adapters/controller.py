@@ -16,18 +16,22 @@ import sqlalchemy as sa
 from scion_adapters import analysis, transitions
 from scion_adapters.analysis import UserVotes, Verdict
 from scion_adapters.clock import Clock
-from scion_adapters.database import Database
+from scion_adapters.database import Database, time_in
 from scion_adapters.errors import UnavailableError
 from scion_adapters.events import record
 from scion_adapters.records import BASE_NUMBER, Replica, Rollout, RolloutState, VersionRef
 from scion_adapters.replicas import describe_lacking, lacking, live_in
 from scion_adapters.rollout_plan import format_duration, format_share
 from scion_adapters.tables import completions, rollouts
+from scion_adapters.timekeeping import Timekeeper, keep_time
 from scion_adapters.transitions import Cause, StaleRolloutError
 from scion_adapters.versions import load_version, lock_adapter
 
 ACTOR = "controller"
 LEASE = "controller"
+CLOCKS_DIFFER_S = 24 * 3600.0
+"""By so much at most, between hosts or after one was set: bounds a search that the rollout's id already decides."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -83,37 +87,47 @@ def decide(
     return Decision(Action.PROMOTE, f"all {len(rollout.steps)} steps passed")
 
 
-def tick(database: Database, clock: Clock, *, heartbeat_ttl_s: float) -> None:
+def tick(
+    database: Database,
+    clock: Clock | None = None,
+    *,
+    heartbeat_ttl_s: float,
+    timekeeper: Timekeeper | None = None,
+) -> None:
     """Move every progressing rollout by at most one step.
 
-    A rollout that cannot be read or moved is reported in its message and as an event, once, and does not stop the
+    Time is the database's own clock unless one is injected. A `timekeeper` that sees every tick of this process lets
+    steps last as long as they should although that clock was set; without one, a step that began in the future begins
+    anew. A rollout that cannot be read or moved is reported in its message and as an event, once, and does not stop the
     others. Raises UnavailableError when the database does not answer.
     """
     with database.read() as connection:
+        now = time_in(connection, clock)
+    keep_time(database, now, timekeeper, trusted_s=heartbeat_ttl_s)
+    with database.read() as connection:
         query = sa.select(rollouts).where(rollouts.c.state == RolloutState.PROGRESSING).order_by(rollouts.c.id)
         rows = connection.execute(query).mappings().all()
-        live = live_in(connection, clock(), heartbeat_ttl_s) if rows else []
+        live = live_in(connection, now, heartbeat_ttl_s) if rows else []
     for row in rows:
         try:
-            _move(database, transitions.to_rollout(row), live, clock)
+            _move(database, transitions.to_rollout(row), live, now)
         except StaleRolloutError:
             continue  # a person was faster; the next tick sees what they decided
         except UnavailableError:
             raise
         except Exception as error:
             _log.exception("rollout %s could not be moved", row["id"])
-            _report_failure(database, row, error, clock)
+            _report_failure(database, row, error, now)
 
 
-def _move(database: Database, rollout: Rollout, live: Sequence[Replica], clock: Clock) -> None:
+def _move(database: Database, rollout: Rollout, live: Sequence[Replica], now: float) -> None:
     with database.read() as connection:
         version = load_version(connection, VersionRef(rollout.adapter, rollout.number))
         requests = requests_on_step(connection, rollout) if rollout.after_requests is not None else 0
         votes: Mapping[int, UserVotes] = {}
         if rollout.guard and rollout.step >= 0:
             numbers = (rollout.stable, rollout.number)
-            votes = analysis.votes_in(connection, rollout.adapter, numbers, rollout.created_at, rollout_id=rollout.id)
-    now = clock()
+            votes = analysis.votes_in(connection, rollout.adapter, numbers, votes_since(rollout), rollout_id=rollout.id)
     decision = decide(rollout, live=live, lora_id=version.lora_id, requests_on_step=requests, votes=votes, now=now)
     if decision.action is Action.HOLD and decision.message == rollout.message:
         return
@@ -131,6 +145,11 @@ def _move(database: Database, rollout: Rollout, live: Sequence[Replica], clock: 
             transitions.abort(connection, rollout, decision.message, cause)
 
 
+def votes_since(rollout: Rollout) -> float:
+    """Answers before this are not looked at: none is older than the rollout, but clocks may have been set since."""
+    return rollout.created_at - CLOCKS_DIFFER_S
+
+
 def requests_on_step(connection: sa.Connection, rollout: Rollout) -> int:
     """How many requests the challenger has answered, as drawn by this rollout, since its present step began."""
     query = sa.select(sa.func.count()).where(
@@ -142,17 +161,17 @@ def requests_on_step(connection: sa.Connection, rollout: Rollout) -> int:
     return int(connection.execute(query).scalar_one())
 
 
-def _report_failure(database: Database, row: sa.RowMapping, error: Exception, clock: Clock) -> None:
+def _report_failure(database: Database, row: sa.RowMapping, error: Exception, now: float) -> None:
     message = f"the controller failed: {type(error).__name__}: {error}"[:2000]
     if row["message"] == message:
         return
     with database.write() as connection:
         unchanged = sa.update(rollouts).where(rollouts.c.id == row["id"], rollouts.c.revision == row["revision"])
-        values = {"message": message, "revision": row["revision"] + 1, "updated_at": clock()}
+        values = {"message": message, "revision": row["revision"] + 1, "updated_at": now}
         if connection.execute(unchanged.values(values)).rowcount == 1:
             record(
                 connection,
-                clock(),
+                now,
                 "controller.failed",
                 actor=ACTOR,
                 reason=message,

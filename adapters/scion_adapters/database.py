@@ -16,11 +16,18 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql, sqlite
 
+from scion_adapters.clock import Clock
 from scion_adapters.errors import UnavailableError
 from scion_adapters.settings import Settings
 from scion_adapters.tables import counters
 
 BUSY_TIMEOUT_S = 10.0
+_REMEDIES = {
+    "disk is full": "free space on its disk",
+    "No space left": "free space on its disk",
+    "readonly database": "make its file and folder writable for this account",
+    "database is locked": "another process has been writing to it for long: let it finish, or end it",
+}
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _ALEMBIC_LOCK = threading.Lock()  # alembic's commands keep their context in module globals
 
@@ -64,9 +71,10 @@ class Database:
         try:
             yield
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            said = str(error.orig or error).strip()
             raise UnavailableError(
                 f"the database {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: "
-                f"{str(error.orig or error).strip()}; check that it runs and that `scion db upgrade` was done"
+                f"{said}; {_remedy(said)}"
             ) from error
 
     def upgrade(self) -> None:
@@ -126,11 +134,24 @@ def next_value(connection: sa.Connection, name: str) -> int:
     return int(connection.execute(statement).scalar_one())
 
 
+def time_in(connection: sa.Connection, clock: Clock | None) -> float:
+    """Unix seconds: the database's own, so that hosts need not agree on theirs, unless a clock is injected."""
+    return clock() if clock is not None else server_time(connection)
+
+
 def server_time(connection: sa.Connection) -> float:
     """Unix seconds by the clock that all users of this database share: PostgreSQL's own; for SQLite, the host's."""
     if connection.dialect.name == "sqlite":
         return time.time()
     return float(connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))).scalar_one())
+
+
+def _remedy(said: str) -> str:
+    """What helps against a driver's message. Neither driver has codes for all of these that SQLAlchemy passes on."""
+    for words, remedy in _REMEDIES.items():
+        if words in said:
+            return remedy
+    return "check that it runs and that `scion db upgrade` was done"
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scion_adapters.artifacts import open_store
-from scion_adapters.clock import now
 from scion_adapters.database import Database
 from scion_adapters.errors import ScionError
 from scion_adapters.fingerprint import base_info
+from scion_adapters.registry import Registry
+from scion_adapters.repair import find_leftovers
 from scion_adapters.replicas import ReplicaLedger, heartbeat_ttl_s
 from scion_adapters.settings import DEFAULT_CONFIG, Settings, load_settings
 
@@ -30,8 +31,11 @@ class Check:
     detail: str
 
 
-def examine() -> list[Check]:
-    """All checks of the configuration that the environment names; those that need a broken part are left out."""
+def examine(*, repair: bool = False) -> list[Check]:
+    """All checks of the configuration that the environment names; those that need a broken part are left out.
+
+    `repair` mends what killed processes left (repair.py).
+    """
     try:
         settings = load_settings()
     except ScionError as error:
@@ -41,9 +45,12 @@ def examine() -> list[Check]:
     checks = [Check("configuration", "ok" if named else "warning", found)]
     checks.append(_attempt("base", lambda: _base(settings)))
     database = _attempt("database", lambda: _database(settings))
-    checks += [database, _attempt("store", lambda: _store(settings)), _vllm(settings)]
+    store = _attempt("store", lambda: _store(settings))
+    checks += [database, store, _vllm(settings)]
     if database.result == "ok":
         checks.append(_attempt("servers", lambda: _servers(settings)))
+    if database.result == store.result == "ok":
+        checks.append(_attempt("leftovers", lambda: _leftovers(settings, repair)))
     return checks
 
 
@@ -102,7 +109,7 @@ def _servers(settings: Settings) -> Check:
     database = Database(settings.database_url)
     try:  # looking must not make the schema
         is_new = database.current_revision() is None
-        live = [] if is_new else ReplicaLedger(database, now).live(heartbeat_ttl_s(settings))
+        live = [] if is_new else ReplicaLedger(database).live(heartbeat_ttl_s(settings))
     finally:
         database.dispose()
     if not live:
@@ -116,3 +123,22 @@ def _servers(settings: Settings) -> Check:
     if failed := {f"{replica.id}: {why}" for replica in live for why in replica.failed.values()}:
         return Check("servers", "failed", f"versions that could not be loaded: {'; '.join(sorted(failed))}")
     return Check("servers", "ok", f"{len(live)} running: {', '.join(replica.url for replica in live)}")
+
+
+def _leftovers(settings: Settings, repair: bool) -> Check:
+    database = Database(settings.database_url)
+    try:
+        if database.current_revision() is None:
+            return Check("leftovers", "ok", "none")
+        findings = find_leftovers(Registry(database, open_store(settings)))
+        if repair:
+            for finding in findings:
+                finding.mend()
+    finally:
+        database.dispose()
+    if not findings:
+        return Check("leftovers", "ok", "none")
+    if repair:
+        return Check("leftovers", "ok", "; ".join(f"{f.what}: {f.remedy} (done)" for f in findings))
+    remedies = "; ".join(f"{f.what} ({f.remedy})" for f in findings)
+    return Check("leftovers", "warning", f"{remedies}: `scion doctor --repair` does that")

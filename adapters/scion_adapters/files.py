@@ -5,7 +5,35 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from scion_adapters.errors import UnavailableError
+
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or raise the quota",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable for this account",
+    errno.EPERM: "make it writable for this account",
+    errno.EIO: "look after the disk",
+}
+
+
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """What the disk of `place` refuses becomes UnavailableError, which names the place and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        is_elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(place)
+        if remedy is None or is_elsewhere:
+            raise
+        raise UnavailableError(
+            f"{place} cannot be written: {error.strerror}: {remedy} and try again; nothing was changed"
+        ) from error
 
 
 def fsync_path(path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,21 @@ _NOT_LINEAR = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "pos
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """`modules` maps each linear layer's name, such as `model.layers.0.mlp.up_proj`, to (out_features, in_features)."""
+    """`modules` maps each linear layer's name, such as `model.layers.0.mlp.up_proj`, to (out_features, in_features).
+
+    `quantization` is how server and trainer hold it; None where only the files are known.
+    """
 
     fingerprint: str
     modules: Mapping[str, tuple[int, int]]
     vocab_size: int
     num_layers: int
+    quantization: str | None = None
 
 
 def base_info(settings: Settings) -> BaseInfo:
     """The configured base. Raises NotFoundError or InvalidInputError when its files are missing or unreadable."""
-    return read_base(resolve_base(settings))
+    return replace(read_base(resolve_base(settings)), quantization=settings.base.quantization)
 
 
 def resolve_base(settings: Settings) -> Path:

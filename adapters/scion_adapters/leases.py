@@ -15,7 +15,7 @@ from types import TracebackType
 import sqlalchemy as sa
 
 from scion_adapters.clock import Clock
-from scion_adapters.database import Database, insert_ignore, server_time
+from scion_adapters.database import Database, insert_ignore, time_in
 from scion_adapters.errors import ConflictError, UnavailableError
 from scion_adapters.tables import leases
 
@@ -25,16 +25,20 @@ _log = logging.getLogger(__name__)
 def try_acquire(database: Database, name: str, holder: str, ttl_s: float, clock: Clock | None = None) -> bool:
     """Take the lease for `ttl_s` seconds, or renew it. False while somebody else holds it.
 
-    When the clock is set back, whoever holds the lease keeps it and can renew it; nobody else gets in early.
+    When the clock is set back, whoever holds the lease keeps it and can renew it, and nobody else gets in early; from
+    the first that asks then, it lasts as long as it was taken for, not for as long as the clock went back.
     """
     with database.write() as connection:
-        now = clock() if clock is not None else server_time(connection)
-        row = {"name": name, "holder": holder, "expires_at": now + ttl_s}
-        if insert_ignore(connection, leases, [row]):
+        now = time_in(connection, clock)
+        mine = {"holder": holder, "renewed_at": now, "expires_at": now + ttl_s}
+        if insert_ignore(connection, leases, [{"name": name, **mine}]):
             return True
+        this = leases.c.name == name
+        length = leases.c.expires_at - leases.c.renewed_at
+        from_now = sa.update(leases).where(this, leases.c.renewed_at > now)
+        connection.execute(from_now.values(renewed_at=now, expires_at=now + length))
         may_have = sa.or_(leases.c.holder == holder, leases.c.expires_at <= now)
-        taken = sa.update(leases).where(leases.c.name == name, may_have).values(holder=holder, expires_at=now + ttl_s)
-        return connection.execute(taken).rowcount == 1
+        return connection.execute(sa.update(leases).where(this, may_have).values(mine)).rowcount == 1
 
 
 def release(database: Database, name: str, holder: str) -> bool:
@@ -47,7 +51,7 @@ def release(database: Database, name: str, holder: str) -> bool:
 def current_holder(database: Database, name: str, clock: Clock | None = None) -> str | None:
     """Who holds the lease now, or None."""
     with database.read() as connection:
-        now = clock() if clock is not None else server_time(connection)
+        now = time_in(connection, clock)
         held = sa.select(leases.c.holder).where(leases.c.name == name, leases.c.expires_at > now)
         return connection.execute(held).scalar()
 

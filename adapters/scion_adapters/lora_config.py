@@ -1,7 +1,8 @@
 """PEFT's `adapter_config.json`: what of it can be served exactly as it was trained; rank and scale of each module.
 
 A field that changes what an adapter computes and that the server would ignore or refuse is refused here, unknown fields
-included. Patterns are compared as literal names: no regular expression of a stranger is ever run.
+included. PEFT and the server take the keys of patterns for regular expressions: only those that are names are accepted,
+so no expression of a stranger is ever run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from scion_adapters.errors import RejectedError
 UNSUPPORTED = "unsupported_config"
 UNREADABLE = "unreadable"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_PATTERNS = 1024
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 # Fields that say how the adapter was made or by whom, and nothing about what it computes.
 _HARMLESS = {
@@ -39,13 +42,18 @@ class LoraConfig:
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     use_rslora: bool
     target_modules: tuple[str, ...] | None
 
     def rank_of(self, module: str) -> int:
         return int(_first_match(self.rank_pattern, module, self.rank))
+
+    @property
+    def highest_rank(self) -> int:
+        """Of the default and all patterns, also those that match nothing: the server compares this with its limit."""
+        return max([self.rank, *(int(rank) for _, rank in self.rank_pattern)])
 
     def scale_of(self, module: str) -> float:
         """The factor on B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023, arXiv 2312.03732)."""
@@ -56,13 +64,16 @@ class LoraConfig:
         """Those of `modules` that this adapter must hold tensors for, or None if the configuration does not say."""
         if self.target_modules is None:
             return None
-        return {module for module in modules if any(_is_suffix(target, module) for target in self.target_modules)}
+        targets = set(self.target_modules)
+        return {module for module in modules if not targets.isdisjoint(_suffixes(module))}
 
 
 def load_json_object(raw: bytes, name: str) -> dict[str, Any]:
     """`raw` as a JSON object without NaN or Infinity, or RejectedError(reason="unreadable")."""
     try:
-        data = json.loads(raw, parse_constant=_no_constant)
+        data = json.loads(
+            raw.decode(), parse_constant=_no_constant
+        )  # the server reads it as UTF-8 too, and as no other
     except (ValueError, RecursionError) as error:
         raise RejectedError(f"{name} is not valid JSON: {error}", reason=UNREADABLE) from error
     if not isinstance(data, dict):
@@ -76,7 +87,7 @@ def parse_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         _refuse("peft_type", raw.get("peft_type"), "only LORA adapters can be served")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
         _refuse("task_type", raw["task_type"], "expected CAUSAL_LM")
-    if raw.get("bias") not in (None, "none"):
+    if raw.get("bias", "none") != "none":  # null is not the same to the server
         _refuse("bias", raw["bias"], "the server does not apply biases; train with bias none")
     init = raw.get("init_lora_weights")
     if isinstance(init, list | dict) or init not in _PLAIN_INITS:
@@ -89,8 +100,8 @@ def parse_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(
         rank=_rank("r", raw.get("r")),
         alpha=_alpha("lora_alpha", raw.get("lora_alpha")),
-        rank_pattern={key: _rank("rank_pattern", value) for key, value in _pattern("rank_pattern", raw)},
-        alpha_pattern={key: _alpha("alpha_pattern", value) for key, value in _pattern("alpha_pattern", raw)},
+        rank_pattern=tuple((key, _rank("rank_pattern", value)) for key, value in _patterns("rank_pattern", raw)),
+        alpha_pattern=tuple((key, _alpha("alpha_pattern", value)) for key, value in _patterns("alpha_pattern", raw)),
         use_rslora=_flag("use_rslora", raw.get("use_rslora")),
         target_modules=_target_modules(raw),
     )
@@ -107,25 +118,27 @@ def _target_modules(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(targets)
 
 
-def _pattern(name: str, raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _patterns(name: str, raw: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
     pattern = raw.get(name) or {}
-    if not isinstance(pattern, dict):
-        _refuse(name, pattern, "expected an object of module names")
+    if not isinstance(pattern, dict) or len(pattern) > MAX_PATTERNS:
+        _refuse(name, pattern, f"expected an object of at most {MAX_PATTERNS} module names")
     items = []
     for key, value in pattern.items():
-        literal = key.removeprefix("^").replace("\\.", ".")
-        if not _MODULE_NAME.fullmatch(literal):
+        if not _MODULE_NAME.fullmatch(key.removeprefix("^").replace("\\.", ".")):
             _refuse(name, key, "expected plain module names, without regular expressions")
-        items.append((literal, value))
+        # As PEFT's get_pattern_key and vLLM's PEFTHelper._match_pattern have it: a dot stands for any character.
+        items.append((re.compile(rf"(.*\.)?({key})$"), value))
     return items
 
 
-def _first_match(pattern: Mapping[str, float], module: str, default: float) -> float:
-    return next((value for key, value in pattern.items() if _is_suffix(key, module)), default)
+def _first_match(patterns: Patterns, module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
-def _is_suffix(name: str, module: str) -> bool:
-    return module == name or module.endswith("." + name)
+def _suffixes(module: str) -> list[str]:
+    """a.b.c, b.c, c"""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _rank(name: str, value: Any) -> int:
@@ -152,5 +165,6 @@ def _no_constant(text: str) -> NoReturn:
 
 def _refuse(field: str, value: Any, remedy: str) -> NoReturn:
     raise RejectedError(
-        f"adapter_config.json: {field} = {str(value)[:80]!r} cannot be served: {remedy}", reason=UNSUPPORTED
+        f"adapter_config.json: {ascii(field[:80])[1:-1]} = {str(value)[:80]!a} cannot be served: {remedy}",
+        reason=UNSUPPORTED,
     )

@@ -18,11 +18,19 @@ from scion_adapters.artifacts import CONFIG_FILE, SCION_FILE, WEIGHTS_FILE, list
 from scion_adapters.errors import RejectedError
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.lora_config import MAX_CONFIG_BYTES, LoraConfig, load_json_object, parse_lora_config
-from scion_adapters.safetensors_file import HeaderError, TensorInfo, raw_chunks, read_header, to_float32
+from scion_adapters.safetensors_file import (
+    HeaderError,
+    TensorInfo,
+    TruncatedError,
+    raw_chunks,
+    read_header,
+    to_float32,
+)
 
 # Trained LoRA weights stay below 10. Through a feed-forward block an update grows with the sixth power of the largest
 # weight: beyond about 1,700 it overflows bfloat16 for some input, and the answer is NaN as if the file had held NaN.
 MAX_ABS_WEIGHT = 1000.0
+MAX_HEADER_BYTES = 16 << 20  # 170 bytes for each tensor: enough for adapters of 90,000 tensors
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _FLOATS = ("BF16", "F16", "F32")
@@ -51,8 +59,9 @@ def check_adapter(directory: Path, base: BaseInfo, limits: AdapterLimits, *, sto
     """What `directory` holds, or RejectedError whose `reason` names the check that refused it.
 
     `stored` says that it is the store's own directory of an artifact, and not what somebody wants to publish.
-    Reasons: symlink, foreign_file, not_safetensors, empty, unreadable, unsupported_config, wrong_base, unmatched_keys,
-    missing_keys, target_not_allowed, wrong_shape, rank_mismatch, rank_too_high, non_finite, out_of_range.
+    Reasons (docs/guide.md explains them): symlink, foreign_file, not_safetensors, empty, unreadable, truncated,
+    bad_header, unsupported_config, wrong_base, wrong_quantization, unmatched_keys, missing_keys, target_not_allowed,
+    wrong_shape, rank_mismatch, rank_too_high, non_finite, out_of_range.
     """
     files = list_files(directory, stored=stored)
     config = parse_lora_config(_read_json(files[CONFIG_FILE]))
@@ -60,15 +69,17 @@ def check_adapter(directory: Path, base: BaseInfo, limits: AdapterLimits, *, sto
         _check_base(_read_json(files[SCION_FILE]), base)
     weights = files[WEIGHTS_FILE]
     try:
-        tensors = read_header(weights)
+        tensors = read_header(weights, max_bytes=MAX_HEADER_BYTES)
         pairs = _pair(tensors)
+        _check_rank(config, limits)
         _check_modules(pairs, config, base, limits)
         for module, pair in pairs.items():
-            _check_shapes(module, pair, config, base, limits)
+            _check_shapes(module, pair, config, base)
         for module, pair in pairs.items():
             _check_values(weights, module, pair, config.scale_of(module))
     except HeaderError as error:
-        raise RejectedError(f"{WEIGHTS_FILE} cannot be read: {error}", reason="unreadable") from error
+        reason = "truncated" if isinstance(error, TruncatedError) else "bad_header"
+        raise RejectedError(f"{WEIGHTS_FILE} cannot be read: {error}", reason=reason) from error
     return AdapterInfo(
         rank=max(config.rank_of(module) for module in pairs),
         alpha=config.alpha,
@@ -94,9 +105,16 @@ def _check_base(scion: Mapping[str, Any], base: BaseInfo) -> None:
     expected = scion.get("base_fingerprint")
     if expected is not None and expected != base.fingerprint:
         raise RejectedError(
-            f"the adapter was trained on the base {str(expected)[:80]}, the configured base is {base.fingerprint}: "
+            f"the adapter was trained on the base {str(expected)[:80]!a}, the configured base is {base.fingerprint}: "
             "train it on this base, or correct base.model",
             reason="wrong_base",
+        )
+    quantization = scion.get("base_quantization")
+    if quantization is not None and base.quantization is not None and quantization != base.quantization:
+        raise RejectedError(
+            f"the adapter was trained on the base held in {str(quantization)[:80]!a}, servers hold it in "
+            f"{base.quantization}: train it so, or correct base.quantization",
+            reason="wrong_quantization",
         )
 
 
@@ -109,7 +127,7 @@ def _pair(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]
         suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
         if suffix is None or not key.startswith(_PREFIX):
             raise RejectedError(
-                f"tensor {key[:120]!r} is not part of a plain LoRA: expected {_PREFIX}<module>.lora_A.weight "
+                f"tensor {key[:120]!a} is not part of a plain LoRA: expected {_PREFIX}<module>.lora_A.weight "
                 "or .lora_B.weight",
                 reason="unmatched_keys",
             )
@@ -117,7 +135,7 @@ def _pair(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]
     for module, pair in pairs.items():
         if len(pair) == 1:
             raise RejectedError(
-                f"{module[:120]} has only lora_{next(iter(pair))}: both halves are needed", reason="unmatched_keys"
+                f"{module[:120]!a} has only lora_{next(iter(pair))}: both halves are needed", reason="unmatched_keys"
             )
     return pairs
 
@@ -126,7 +144,7 @@ def _check_modules(pairs: Mapping[str, object], config: LoraConfig, base: BaseIn
     for module in pairs:
         if module not in base.modules:
             raise RejectedError(
-                f"the base has no linear module {module[:120]!r} (it has {base.num_layers} layers): another model's?",
+                f"the base has no linear module {module[:120]!a} (it has {base.num_layers} layers): another model's?",
                 reason="unmatched_keys",
             )
         if module.rpartition(".")[2] not in limits.target_modules:
@@ -149,9 +167,16 @@ def _check_modules(pairs: Mapping[str, object], config: LoraConfig, base: BaseIn
         )
 
 
-def _check_shapes(
-    module: str, pair: Mapping[str, TensorInfo], config: LoraConfig, base: BaseInfo, limits: AdapterLimits
-) -> None:
+def _check_rank(config: LoraConfig, limits: AdapterLimits) -> None:
+    if config.highest_rank > limits.max_rank:
+        raise RejectedError(
+            f"{CONFIG_FILE} says rank {config.highest_rank}; the server takes at most {limits.max_rank}: raise "
+            "server.max_lora_rank or train with a lower rank",
+            reason="rank_too_high",
+        )
+
+
+def _check_shapes(module: str, pair: Mapping[str, TensorInfo], config: LoraConfig, base: BaseInfo) -> None:
     a, b = pair["A"], pair["B"]
     for info in (a, b):
         if info.dtype not in _FLOATS:
@@ -170,12 +195,6 @@ def _check_shapes(
         raise RejectedError(
             f"{module}: {CONFIG_FILE} says rank {rank}, the tensors have {a.shape[0]} (A) and {b.shape[1]} (B)",
             reason="rank_mismatch",
-        )
-    if rank > limits.max_rank:
-        raise RejectedError(
-            f"{module} has rank {rank}; the server takes at most {limits.max_rank}: raise server.max_lora_rank or "
-            "train with a lower rank",
-            reason="rank_too_high",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,18 @@ import sqlalchemy as sa
 from scion_adapters import tables
 from scion_adapters.artifacts import Artifact
 from scion_adapters.database import insert_ignore, next_value
+from scion_adapters.errors import InvalidInputError, RejectedError
 from scion_adapters.events import bump_routing, record
 from scion_adapters.preflight import AdapterInfo
-from scion_adapters.records import Version, VersionRef, VersionState, check_adapter_name
+from scion_adapters.records import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Version,
+    VersionRef,
+    VersionState,
+    check_adapter_name,
+)
 from scion_adapters.versions import find_run, load_version, lock_adapter
 
 LORA_ID_COUNTER = "lora_id"
@@ -33,6 +42,24 @@ class NewVersion:
     run_id: str | None
     snapshot_id: str | None
     metrics: Mapping[str, Any]
+
+
+def check_publishable(name: str, base_names: Collection[str]) -> None:
+    """Whether versions can be published under `name`, or RejectedError: invalid_name, reserved_name, base_name."""
+    try:
+        check_adapter_name(name)
+    except InvalidInputError as error:
+        raise RejectedError(str(error), reason="invalid_name") from error
+    if name in (CHAMPION, CHALLENGER, PREVIOUS):
+        raise RejectedError(
+            f"{name!r} is what an alias of every adapter is called: choose another name for the adapter",
+            reason="reserved_name",
+        )
+    if name in {base.casefold() for base in base_names}:
+        raise RejectedError(
+            f"the base is served as {name!r}: choose another name for the adapter, or set base.served_name",
+            reason="base_name",
+        )
 
 
 def ensure_adapter_in(connection: sa.Connection, name: str, *, clock_value: float) -> None:

@@ -163,7 +163,8 @@ def check_adapter_name(name: str) -> str:
     """The name itself, or InvalidInputError: lower-case ASCII letters, digits, `.`, `_`, `-`; at most 64 characters."""
     if not _NAME.fullmatch(name):
         raise InvalidInputError(
-            f"adapter name {name[:80]!r}: expected 1 to 64 of a-z 0-9 . _ - that begin and end with a letter or digit",
+            f"adapter name {name[:80]!a} ({len(name)} characters): expected 1 to 64 of a-z 0-9 . _ - that begin and "
+            "end with a letter or digit",
             field="adapter",
         )
     return name

@@ -6,7 +6,7 @@ transactions with their events.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from scion_adapters.aliases import (
     load_aliases,
     set_alias_in,
 )
-from scion_adapters.artifacts import ArtifactStore, open_store
+from scion_adapters.artifacts import Artifact, ArtifactStore, open_store
 from scion_adapters.clock import Clock, now
 from scion_adapters.database import Database, open_database
 from scion_adapters.errors import ConflictError, NotFoundError, RejectedError
 from scion_adapters.events import bump_routing, record
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.preflight import AdapterLimits, check_adapter
-from scion_adapters.publishing import NewVersion, ensure_adapter_in, insert_version
+from scion_adapters.publishing import NewVersion, check_publishable, ensure_adapter_in, insert_version
 from scion_adapters.records import (
     BASE_NUMBER,
     CHALLENGER,
@@ -48,15 +48,20 @@ __all__ = ["Registry", "open_registry", "set_alias_in"]
 class Registry:
     """A handle; cheap to share between threads."""
 
-    def __init__(self, database: Database, store: ArtifactStore, clock: Clock = now) -> None:
+    def __init__(
+        self, database: Database, store: ArtifactStore, clock: Clock = now, *, base_names: Collection[str] = ()
+    ) -> None:
+        """`base_names`: what the base itself is served as, and no adapter can be called."""
         self.database = database
         self.store = store
         self._clock = clock
+        self._base_names = frozenset(base_names)
 
     # --- adapters and versions ---
 
     def ensure_adapter(self, name: str) -> None:
         """Make the adapter if there is none of that name."""
+        check_publishable(name, self._base_names)
         with self.database.write() as connection:
             ensure_adapter_in(connection, name, clock_value=self._clock())
 
@@ -80,25 +85,25 @@ class Registry:
         run_id: str | None = None,
         snapshot_id: str | None = None,
         metrics: Mapping[str, Any] | None = None,
+        digest: str | None = None,
     ) -> Version:
         """Check `directory`, copy it to the store and give it the next number, as a candidate.
 
-        A `run_id` that published before gets the same version again, so that a resumed run does not publish twice. A
-        refusal is recorded as `version.refused` and raised as RejectedError.
+        A `run_id` that published before gets the same version again, so that a resumed run does not publish twice.
+        `digest` is what the artifact's must be. A refusal is recorded as `version.refused` and raised as RejectedError.
         """
-        check_adapter_name(adapter)
-        if run_id is not None and (published := self._version_of_run(run_id)):
-            return published
-        if parent != BASE_NUMBER:
-            self.version(VersionRef(adapter, parent))
         try:
+            self.check_publishable(adapter)
+            if run_id is not None and (published := self._version_of_run(run_id)):
+                return published
+            if parent != BASE_NUMBER:
+                self.version(VersionRef(adapter, parent))
             with self.store.stage(directory) as staged:
+                _check_digest(staged.artifact, digest)
                 info = check_adapter(staged.path, base, limits)  # the copy: what is checked is what is published
                 artifact = self.store.commit(staged)
         except RejectedError as error:
-            with self.database.write() as connection:
-                data = {"check": error.reason, "run_id": run_id}
-                self._record(connection, "version.refused", adapter, None, actor=actor, reason=str(error), data=data)
+            self.record_refusal(adapter, error, actor=actor, run_id=run_id)
             raise
         new = NewVersion(
             adapter=adapter,
@@ -113,6 +118,17 @@ class Registry:
         )
         with self.database.write() as connection:
             return insert_version(connection, new, clock_value=self._clock(), actor=actor, reason=reason)
+
+    def check_publishable(self, adapter: str) -> None:
+        """Raises RejectedError when nothing can be published under that name."""
+        check_publishable(adapter, self._base_names)
+
+    def record_refusal(self, adapter: str, error: RejectedError, *, actor: str, run_id: str | None = None) -> None:
+        """Record that something was not published, and why. `publish` records its own refusals."""
+        named = None if error.reason == "invalid_name" else adapter  # the message quotes it; the column is for names
+        data = {"check": error.reason, "run_id": run_id}
+        with self.database.write() as connection:
+            self._record(connection, "version.refused", named, None, actor=actor, reason=str(error), data=data)
 
     def version(self, ref: VersionRef) -> Version:
         with self.database.read() as connection:
@@ -244,7 +260,7 @@ class Registry:
         self,
         connection: sa.Connection,
         kind: str,
-        adapter: str,
+        adapter: str | None,
         number: int | None,
         *,
         actor: str,
@@ -256,9 +272,20 @@ class Registry:
         )
 
 
-def open_registry(settings: Settings, database: Database | None = None) -> Registry:
-    """The configured registry; the configured adapters exist afterwards."""
-    registry = Registry(database or open_database(settings), open_store(settings))
+def _check_digest(artifact: Artifact, expected: str | None) -> None:
+    if expected is not None and expected != artifact.digest:
+        raise RejectedError(
+            f"the files' digest is {artifact.digest}, expected {expected[:80]!a}: they were changed on the way",
+            reason="digest_mismatch",
+        )
+
+
+def open_registry(
+    settings: Settings, database: Database | None = None, *, base_names: Collection[str] = ()
+) -> Registry:
+    """The configured registry; the configured adapters exist afterwards. `base_names`: more names of the base."""
+    names = {settings.base.served_name, *base_names}
+    registry = Registry(database or open_database(settings), open_store(settings), base_names=names)
     for name in sorted(set(settings.adapters) - set(registry.adapters())):
         registry.ensure_adapter(name)
     return registry

@@ -41,6 +41,15 @@ class RemoteStore:
             for name in names:
                 filesystem.get_file(name, str(directory / name.rpartition("/")[2]))
 
+    def remove(self, key: str, *, first: str) -> None:
+        """Delete `key`, the file named `first` before the others: without it what is left counts as incomplete."""
+        with self._driver("write to") as (filesystem, root):
+            target = f"{root}/{key}"
+            if filesystem.exists(f"{target}/{first}"):
+                filesystem.rm_file(f"{target}/{first}")
+            if filesystem.exists(target):
+                filesystem.rm(target, recursive=True)
+
     @contextmanager
     def _driver(self, action: str) -> Iterator[tuple[Any, str]]:
         """The file system and its root. Every protocol's driver has exceptions of its own; here they become ours."""

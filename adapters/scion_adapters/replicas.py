@@ -1,6 +1,7 @@
 """The replica ledger: which server processes live, and what each of them has loaded.
 
-Servers report about themselves; rollouts, gates and people read. Knows nothing of how a server loads a version.
+Servers report about themselves; rollouts, gates and people read. Time is the database's own clock unless one is
+injected, so hosts need not agree on theirs. Knows nothing of how a server loads a version.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import asdict
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from scion_adapters.clock import Clock, now
-from scion_adapters.database import Database
+from scion_adapters.clock import Clock
+from scion_adapters.database import Database, time_in
 from scion_adapters.errors import UnavailableError
 from scion_adapters.records import Replica
 from scion_adapters.settings import Settings
@@ -31,36 +32,42 @@ def heartbeat_ttl_s(settings: Settings) -> float:
 class ReplicaLedger:
     """Reads and writes the table `replicas`."""
 
-    def __init__(self, database: Database, clock: Clock = now) -> None:
+    def __init__(self, database: Database, clock: Clock | None = None) -> None:
         self._database = database
         self._clock = clock
 
     def report(self, replica: Replica) -> None:
-        """Insert or replace the row of `replica.id`, as it is: the reporter sets `heartbeat_at`."""
+        """Insert or replace the row of `replica.id`; its heartbeat is now, whatever it says.
+
+        Rows from the future were written before the clock was set back. They count from now on: who lives reports again
+        before that runs out, and who is dead stops counting, instead of living on for as long as the clock went back.
+        """
         row = asdict(replica) | {
             "loaded": sorted(replica.loaded),
             "failed": {str(lora_id): why for lora_id, why in replica.failed.items()},
             "in_flight": {str(lora_id): count for lora_id, count in replica.in_flight.items()},
         }
         with self._database.write() as connection:
+            row["heartbeat_at"] = at = time_in(connection, self._clock)
+            connection.execute(sa.update(replicas).where(replicas.c.heartbeat_at > at).values(heartbeat_at=at))
             dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
             insert = dialect.insert(replicas).values(row)
             connection.execute(insert.on_conflict_do_update(index_elements=["id"], set_=row))
 
     def remove(self, replica_id: str) -> None:
         """Forget a process that ends in good order, and those that died long ago."""
-        long_dead = replicas.c.heartbeat_at < self._clock() - FORGET_AFTER_S
         with self._database.write() as connection:
+            long_dead = replicas.c.heartbeat_at < time_in(connection, self._clock) - FORGET_AFTER_S
             connection.execute(sa.delete(replicas).where(sa.or_(replicas.c.id == replica_id, long_dead)))
 
     def live(self, ttl_s: float) -> list[Replica]:
         """The processes that were heard of within `ttl_s` seconds."""
         with self._database.read() as connection:
-            return live_in(connection, self._clock(), ttl_s)
+            return live_in(connection, time_in(connection, self._clock), ttl_s)
 
 
 def live_in(connection: sa.Connection, now_s: float, ttl_s: float) -> list[Replica]:
-    """`ReplicaLedger.live` in the caller's transaction."""
+    """`ReplicaLedger.live` in the caller's transaction. `now_s` is by the clock of the heartbeats (`time_in`)."""
     query = sa.select(replicas).where(replicas.c.heartbeat_at >= now_s - ttl_s).order_by(replicas.c.id)
     return [_replica(row) for row in connection.execute(query).mappings()]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scion_adapters import analysis
-from scion_adapters.controller import requests_on_step
-from scion_adapters.database import Database
+from scion_adapters.clock import Clock
+from scion_adapters.controller import requests_on_step, votes_since
+from scion_adapters.database import Database, time_in
 from scion_adapters.records import Rollout, VersionRef
 from scion_adapters.replicas import heartbeat_ttl_s as ttl_of
 from scion_adapters.replicas import lacking, live_in
@@ -54,13 +55,14 @@ class Progress:
         return f"{shares[0]} : {shares[1]} ({self.verdict})"
 
 
-def read_progress(database: Database, rollout: Rollout, settings: Settings, now_s: float) -> Progress:
+def read_progress(database: Database, rollout: Rollout, settings: Settings, clock: Clock | None = None) -> Progress:
     """Read it in one transaction."""
     with database.read() as connection:
+        now_s = time_in(connection, clock)
         lora_id = load_version(connection, VersionRef(rollout.adapter, rollout.number)).lora_id
         live = live_in(connection, now_s, ttl_of(settings))
         numbers = (rollout.stable, rollout.number)
-        votes = analysis.votes_in(connection, rollout.adapter, numbers, rollout.created_at, rollout_id=rollout.id)
+        votes = analysis.votes_in(connection, rollout.adapter, numbers, votes_since(rollout), rollout_id=rollout.id)
         answers = requests_on_step(connection, rollout)
     champion, challenger = votes[rollout.stable], votes[rollout.number]
     return Progress(

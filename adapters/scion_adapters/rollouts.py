@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from scion_adapters import tables, transitions
 from scion_adapters.aliases import load_aliases, set_alias_in
-from scion_adapters.clock import Clock, new_id, now
-from scion_adapters.database import Database
+from scion_adapters.clock import Clock, new_id
+from scion_adapters.database import Database, time_in
 from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from scion_adapters.events import bump_routing, record
 from scion_adapters.records import (
@@ -55,10 +55,13 @@ class RollbackResult:
 
 
 class Rollouts:
-    """A handle; cheap to share between threads. `default_every_s`: a step's length when nothing is said."""
+    """A handle; cheap to share between threads. `default_every_s`: a step's length when nothing is said.
+
+    Time is the database's own clock unless one is injected, as for the controller and the servers' heartbeats.
+    """
 
     def __init__(
-        self, database: Database, clock: Clock = now, *, default_every_s: float = 300.0, ttl_s: float = 10.0
+        self, database: Database, clock: Clock | None = None, *, default_every_s: float = 300.0, ttl_s: float = 10.0
     ) -> None:
         self._database = database
         self._clock = clock
@@ -212,7 +215,7 @@ class Rollouts:
         with self._database.write() as connection:
             require_adapter(connection, adapter)
             lock_adapter(connection, adapter)
-            yield connection, Cause(actor, reason, self._clock())
+            yield connection, Cause(actor, reason, time_in(connection, self._clock))
 
     def _active(self, connection: sa.Connection, adapter: str) -> Rollout:
         rollout = transitions.find_active(connection, adapter)

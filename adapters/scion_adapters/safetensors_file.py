@@ -23,10 +23,16 @@ _ITEM_BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 _CHUNK_ITEMS = 1 << 22
+_MAX_SIZE = 1 << 63  # of one dimension or offset: multiplying larger claims would take hours
+_MAX_SIZES = 16  # dimensions of one tensor
 
 
 class HeaderError(ValueError):
     """The file is not a well-formed safetensors file."""
+
+
+class TruncatedError(HeaderError):
+    """The file ends before what its header describes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +49,22 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of `path` by name. Raises HeaderError when anything in the header is not exactly true of the file."""
+def read_header(path: Path, *, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
+    """The tensors of `path` by name. Raises HeaderError when anything in the header is not exactly true of the file.
+
+    A header longer than `max_bytes` is not read.
+    """
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise HeaderError(f"{path.name} has {size_bytes} bytes; a safetensors file has at least 8")
+            raise TruncatedError(f"{path.name} has {size_bytes} bytes; a safetensors file has at least 8")
         header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > min(MAX_HEADER_BYTES, size_bytes - 8):
-            raise HeaderError(f"{path.name} claims a header of {header_bytes} bytes and has {size_bytes} bytes in all")
+        if header_bytes > min(max_bytes, size_bytes - 8):
+            raise HeaderError(
+                f"{path.name} claims a header of {header_bytes} bytes and has {size_bytes} bytes in all; "
+                f"a header may have {max_bytes}"
+            )
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
@@ -69,7 +81,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise HeaderError(f"{path.name}: tensor {name[:120]!r} begins at byte {info.begin}, expected {position}")
         position = info.end
     if position != size_bytes:
-        raise HeaderError(f"{path.name} has {size_bytes} bytes, its header describes {position}: truncated or padded")
+        kind, what = (TruncatedError, "truncated") if position > size_bytes else (HeaderError, "something is behind it")
+        raise kind(f"{path.name} has {size_bytes} bytes, its header describes {position}: {what}")
     return tensors
 
 
@@ -88,7 +101,7 @@ def _tensor_info(file_name: str, name: str, entry: Any, start: int) -> TensorInf
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise HeaderError(f"{where} has the unknown dtype {str(dtype)[:40]!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise HeaderError(f"{where}: shape and data_offsets must be lists of non-negative integers")
+        raise HeaderError(f"{where}: shape and data_offsets must be short lists of non-negative integers")
     expected = math.prod(shape) * _ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         raise HeaderError(f"{where}: {dtype}{list(shape)} takes {expected} bytes, its offsets say {offsets}")
@@ -96,7 +109,11 @@ def _tensor_info(file_name: str, name: str, entry: Any, start: int) -> TensorInf
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_SIZES
+        and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
+    )
 
 
 def raw_chunks(path: Path, info: TensorInfo) -> Iterator[npt.NDArray[Any]]:

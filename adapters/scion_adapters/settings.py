@@ -53,6 +53,7 @@ class StoreSection(Section):
     cache: str = Field(
         "cache", description="Local directory for what a remote store holds; unused for a directory store."
     )
+    max_upload_mib: int = Field(1024, ge=1, description="Largest adapter that is taken over HTTP.")
 
 
 class ServerSection(Section):
@@ -117,7 +118,14 @@ class RolloutSection(Section):
     guard: bool = Field(
         True, description="Abort when ratings show, at 99.9% confidence, that users like the challenger less."
     )
-    poll_interval_s: float = Field(0.25, gt=0, description="How often servers look for changed routing.")
+    rollback_window_s: float = Field(
+        86_400.0,
+        ge=0,
+        description="Seconds for which `scion adapters gc` keeps the files of a version that was champion.",
+    )
+    poll_interval_s: float = Field(
+        0.25, gt=0, description="How often servers look for changed routing when nothing tells them."
+    )
     heartbeat_s: float = Field(
         2.0, gt=0, description="How often a server reports; after five silent intervals it stops counting."
     )
@@ -142,6 +150,9 @@ class KtoSection(Section):
     )
     beta: float | None = Field(
         None, gt=0, description="Pull towards the parent; unset = 20 / mean answer tokens, at most 1."
+    )
+    likelihood_weight: float = Field(
+        1.0, ge=0, description="Weight, times beta, of liked answers' likelihood beside KTO's loss: it keeps facts."
     )
     batch_size: int = Field(16, ge=2, description="Examples per optimizer step.")
 

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from scion_adapters import tables
 from scion_adapters.aliases import EVALUATION_PREFIX, TRAFFIC_ALIASES, load_aliases
-from scion_adapters.database import Database
+from scion_adapters.clock import Clock
+from scion_adapters.database import Database, time_in
 from scion_adapters.events import routing_revision
 from scion_adapters.records import BASE_NUMBER, CHALLENGER, CHAMPION, PREVIOUS, Rollout, RolloutState
 from scion_adapters.replicas import heartbeat_ttl_s, live_in
@@ -59,7 +60,7 @@ class Status:
     journal_bytes: int | None
 
 
-def read_status(database: Database, settings: Settings, now_s: float) -> Status:
+def read_status(database: Database, settings: Settings, clock: Clock | None = None) -> Status:
     """The present state. `journal_bytes` is that of this host, None if there is no journal here."""
     with database.read() as connection:
         revision = routing_revision(connection)
@@ -67,7 +68,7 @@ def read_status(database: Database, settings: Settings, now_s: float) -> Status:
         return Status(
             routing_revision=revision,
             adapters=_adapters(connection, {rollout.adapter: rollout for rollout in rollouts}),
-            replicas=_replicas(connection, revision, now_s, heartbeat_ttl_s(settings)),
+            replicas=_replicas(connection, revision, time_in(connection, clock), heartbeat_ttl_s(settings)),
             rollouts=rollouts,
             runs=_runs(connection),
             num_completions=_count(connection, sa.select(tables.completions)),

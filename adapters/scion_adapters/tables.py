@@ -150,6 +150,7 @@ leases = Table(
     metadata,
     Column("name", String(96), primary_key=True),
     Column("holder", String(128), nullable=False),
+    Column("renewed_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
 )
 

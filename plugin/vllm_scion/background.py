@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,14 +20,18 @@ from scion_adapters import controller
 from scion_adapters.clock import Clock, new_id, now
 from scion_adapters.database import Database
 from scion_adapters.errors import ScionError
+from scion_adapters.keys import KeyRing, load_key_ring
 from scion_adapters.leases import release, try_acquire
 from scion_adapters.notifications import listen
 from scion_adapters.records import Replica
 from scion_adapters.replicas import ReplicaLedger
-from scion_adapters.routing import load_routing, read_revision
+from scion_adapters.routing import Routing, load_routing, read_revision
 from scion_adapters.settings import RolloutSection
-from vllm_scion.loader import Loader
+from scion_adapters.timekeeping import Timekeeper
+from vllm_scion.authority import Gatekeeper
+from vllm_scion.loader import Loader, WantedVersion
 from vllm_scion.metrics import Metrics
+from vllm_scion.refusals import Refusals, write_refusals
 
 logger = logging.getLogger("vllm_scion")
 
@@ -67,7 +71,11 @@ class Background:
     metrics: Metrics
     settings: RolloutSection
     identity: Identity
-    clock: Clock = now
+    check_files: Callable[[Collection[WantedVersion]], None] = lambda _: None
+    """Quarantines resident versions whose files are gone; called in a thread now and then (file_watch.py)."""
+    gatekeeper: Gatekeeper = field(default_factory=Gatekeeper)
+    refusals: Refusals = field(default_factory=Refusals)
+    clock: Clock | None = None  # for the rollouts' steps; None: the database's own
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="scion-db")
     )
@@ -78,6 +86,7 @@ class Background:
     _broken: set[str] = field(default_factory=set)
     _holds_lease: bool = False
     _lease_due: float = 0.0
+    _timekeeper: Timekeeper = field(default_factory=Timekeeper)
 
     @property
     def ttl_s(self) -> float:
@@ -88,10 +97,11 @@ class Background:
         """Raises when the database does not answer: without a first routing there is nothing to serve."""
         if self.identity.is_engine_shared:
             self.loader.may_remove = self._may_remove
-        self.loader.follow(await self._in_thread(lambda: load_routing(self.database)))
+        self._follow(*await self._in_thread(self._read))
         await self.loader.step()
         await self._in_thread(lambda: self.ledger.report(self.replica()))
-        for loop in (self._watch, self._listen, self._keep_loaded, self._report, self._control):
+        serving = (self._watch, self._listen, self._keep_loaded, self._report, self._control)
+        for loop in (*serving, self._watch_files, self._tell_refusals):
             self._tasks.append(asyncio.create_task(self._forever(loop), name=f"scion-{loop.__name__.strip('_')}"))
 
     async def close(self) -> None:
@@ -119,7 +129,7 @@ class Background:
             pid=self.identity.pid,
             url=self.identity.url,
             started_at=self.identity.started_at,
-            heartbeat_at=self.clock(),
+            heartbeat_at=now(),  # the ledger puts the database's time
             max_loras=self.identity.max_loras,
             max_cpu_loras=self.identity.max_cpu_loras,
             max_lora_rank=self.identity.max_lora_rank,
@@ -138,9 +148,9 @@ class Background:
         self._show_levels()
         revision = await self._attempt("routing", lambda: read_revision(self.database))
         if revision is not None and revision != self.loader.routing.revision:
-            routing = await self._attempt("routing", lambda: load_routing(self.database))
-            if routing is not None:
-                self.loader.follow(routing)
+            found = await self._attempt("routing", self._read)
+            if found is not None:
+                self._follow(*found)
                 self._load.set()
                 self._tell.set()
         await _wait(self._look, self.settings.poll_interval_s)
@@ -177,12 +187,22 @@ class Background:
                 self._lease_due = asked_at + (self.ttl_s / 3 if self._holds_lease else self.settings.heartbeat_s)
             if self._holds_lease:
                 self.metrics["scion_controller_ticks_total"].inc()
-                await self._attempt(
-                    "controller", lambda: controller.tick(self.database, self.clock, heartbeat_ttl_s=self.ttl_s)
-                )
+                await self._attempt("controller", self._tick)
                 self.wake()
         self.metrics["scion_controller_lease_held"].set(1 if self._holds_lease else 0)
         await asyncio.sleep(self.settings.poll_interval_s)
+
+    async def _tell_refusals(self) -> None:
+        """Write down who was refused."""
+        await asyncio.sleep(self.settings.heartbeat_s)
+        if due := self.refusals.take_due():
+            await self._attempt("refusals", lambda: write_refusals(self.database, due, actor=self.identity.id))
+
+    async def _watch_files(self) -> None:
+        """Take versions whose files were lost out of traffic."""
+        await asyncio.sleep(self.settings.heartbeat_s)
+        resident = tuple(self.loader.loaded.values())
+        await self._attempt("files", lambda: self.check_files(resident))
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -207,6 +227,16 @@ class Background:
 
     def _hold_lease(self) -> bool:
         return try_acquire(self.database, CONTROLLER_LEASE, self.identity.id, self.ttl_s)
+
+    def _read(self) -> tuple[Routing, KeyRing]:
+        return load_routing(self.database), load_key_ring(self.database)
+
+    def _follow(self, routing: Routing, ring: KeyRing) -> None:
+        self.loader.follow(routing)
+        self.gatekeeper.ring = ring
+
+    def _tick(self) -> None:
+        controller.tick(self.database, self.clock, heartbeat_ttl_s=self.ttl_s, timekeeper=self._timekeeper)
 
     def _show_levels(self) -> None:
         self.metrics["scion_routing_revision"].set(self.loader.routing.revision)

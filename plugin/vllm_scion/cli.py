@@ -39,8 +39,8 @@ def register(app: typer.Typer) -> None:
         if print_only:
             typer.echo(launcher.as_shell(launch))
             return
-        if (warning := launcher.warn_about_binding(settings.server.host, launch.arguments)) is not None:
-            error_console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
         launcher.check_plugin()
-        launcher.check_surroundings(settings)
+        has_keys = launcher.check_surroundings(settings)
+        if (warning := launcher.warn_about_binding(settings.server.host, launch.arguments, has_keys)) is not None:
+            error_console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
         launcher.become(launch)

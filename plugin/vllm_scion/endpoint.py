@@ -6,6 +6,7 @@ Thin on purpose: which routes there are, and when what is opened. `SCION_CONFIG`
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from http import HTTPStatus
 from typing import Any
@@ -17,8 +18,10 @@ from scion_adapters.errors import ScionError
 from scion_adapters.settings import Settings, load_settings
 from scion_feedback.recorder_process import open_recorder_process
 from vllm_scion import private_vllm
+from vllm_scion.authority import AuthorityMiddleware, Gatekeeper
 from vllm_scion.gateway import Gateway
 from vllm_scion.metrics import Metrics, process_metrics
+from vllm_scion.routes_adapters import attach_adapters
 from vllm_scion.routes_feedback import attach_feedback
 from vllm_scion.routes_models import attach_status, wrap_models
 from vllm_scion.runtime import EngineFacts, OpenRecorder, Runtime, open_runtime
@@ -51,6 +54,7 @@ class ScionEndpointPlugin:
         self._settings = settings
         self._open_recorder = open_recorder
         self.gateway = Gateway(Serving(), metrics or process_metrics())
+        self.gatekeeper = Gatekeeper()
         self.runtime: Runtime | None = None
 
     def attach_router(self, app: FastAPI) -> None:
@@ -63,6 +67,8 @@ class ScionEndpointPlugin:
             _replace(app, models, wrap_models(models.endpoint, self.gateway))
         attach_status(app, self._running)
         attach_feedback(app, self._running, self.gateway.metrics)
+        attach_adapters(app, self._running)
+        app.add_middleware(AuthorityMiddleware, gatekeeper=self.gatekeeper)
         private_vllm.on_shutdown(app, self._close)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -81,10 +87,12 @@ class ScionEndpointPlugin:
             url=_url(args),
             engine=engine_name,
             is_engine_shared=is_engine_shared,
+            host=getattr(args, "host", None) or "",
+            has_api_key=bool(getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY")),
         )
         try:
             settings = self._settings or load_settings()
-            self.runtime = await open_runtime(settings, self.gateway, engine, self._open_recorder)
+            self.runtime = await open_runtime(settings, self.gateway, self.gatekeeper, engine, self._open_recorder)
         except ScionError as error:
             logger.error("vllm-scion cannot start: %s", error)  # above the traceback that vLLM prints
             raise

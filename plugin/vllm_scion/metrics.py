@@ -113,11 +113,19 @@ METRICS = (
     MetricSpec("scion_controller_ticks_total", "counter", (), "Times this server looked after the active rollouts."),
     MetricSpec("scion_controller_lease_held", "gauge", (), "1 in the server process that looks after the rollouts."),
     MetricSpec(
+        "scion_access_refused_total",
+        "counter",
+        ("reason",),
+        "Requests refused for want of a key. Reason: missing, unknown, revoked, scope.",
+        known=("missing", "unknown", "revoked", "scope"),
+    ),
+    MetricSpec(
         "scion_database_errors_total",
         "counter",
         ("operation",),
-        "Failed database operations of the server's own loops. Operation: routing, listen, report, lease, controller.",
-        known=("routing", "listen", "report", "lease", "controller"),
+        "Database operations of the server's loops that failed. Operation: routing, listen, report, lease, controller, "
+        "files, refusals.",
+        known=("routing", "listen", "report", "lease", "controller", "files", "refusals"),
     ),
 )
 

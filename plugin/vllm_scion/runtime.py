@@ -16,19 +16,23 @@ from typing import Any, Protocol, TypeVar
 from scion_adapters.clock import now
 from scion_adapters.database import Database, open_database
 from scion_adapters.errors import InvalidInputError, RejectedError
-from scion_adapters.fingerprint import base_info
+from scion_adapters.fingerprint import BaseInfo, base_info
+from scion_adapters.keys import load_key_ring
 from scion_adapters.records import VersionRef, VersionState
 from scion_adapters.registry import Registry, open_registry
 from scion_adapters.replicas import ReplicaLedger
+from scion_adapters.retirement import quarantine
 from scion_adapters.settings import Settings
 from scion_feedback.captures import CompletionRecord
 from scion_feedback.feedback import FeedbackStore
 from scion_feedback.privacy import UserHasher, open_hasher
 from scion_feedback.recorder import RecorderObserver, RecorderStats
+from vllm_scion.authority import Gatekeeper, Refusal, check_access
 from vllm_scion.background import Background, Identity
+from vllm_scion.file_watch import FileWatch
 from vllm_scion.gateway import Gateway
 from vllm_scion.loader import Loader, Table
-from vllm_scion.serve import RUNTIME_LORA, check_names
+from vllm_scion.serve import OPEN_SERVER, RUNTIME_LORA, check_names, is_loopback
 
 logger = logging.getLogger("vllm_scion")
 
@@ -60,6 +64,8 @@ class EngineFacts:
     url: str
     engine: str
     is_engine_shared: bool = False
+    host: str = ""  # the address that it listens on; empty: all
+    has_api_key: bool = False  # vLLM's own
 
 
 @dataclass(slots=True)
@@ -74,10 +80,17 @@ class Runtime:
     background: Background
     threads: ThreadPoolExecutor
     loading: ThreadPoolExecutor  # of its own: votes that wait for a locked database must not hold up a load
+    uploading: ThreadPoolExecutor  # of its own: nor must hashing an upload hold up votes
+    registry: Registry
+    base: BaseInfo
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """`work` in a thread that requests share, apart from the background loops'."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    async def in_upload_thread(self, work: Callable[[], T]) -> T:
+        """`work` in a thread that uploads share."""
+        return await asyncio.get_running_loop().run_in_executor(self.uploading, work)
 
     async def close(self) -> None:
         """Leave the ledger, bring what is recorded to disk, let go of the database."""
@@ -89,6 +102,7 @@ class Runtime:
             )
         self.threads.shutdown(wait=False)
         self.loading.shutdown(wait=False)
+        self.uploading.shutdown(wait=False)
         self.database.dispose()
 
     def status(self) -> dict[str, Any]:
@@ -134,21 +148,36 @@ class Runtime:
 
 
 async def open_runtime(
-    settings: Settings, gateway: Gateway, engine: EngineFacts, open_recorder: OpenRecorder
+    settings: Settings, gateway: Gateway, gatekeeper: Gatekeeper, engine: EngineFacts, open_recorder: OpenRecorder
 ) -> Runtime:
     """Open everything and follow the routing. Raises ScionError, with a message for the operator."""
     check_engine(settings, engine)
-    opened = await asyncio.to_thread(_open, settings, gateway, open_recorder)
+    opened = await asyncio.to_thread(_open, settings, gateway, engine, open_recorder)
+    ring = await asyncio.to_thread(load_key_ring, opened.registry.database)
+    check_access(ring, engine.has_api_key)
+    if ring.is_open and not is_loopback(engine.host):
+        logger.warning("%s", OPEN_SERVER.format(host=engine.host or "every address"))
     threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="scion-http")
     loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scion-load")
-    background = _make_background(settings, gateway, engine, opened, loading)
+    uploading = ThreadPoolExecutor(max_workers=2, thread_name_prefix="scion-upload")
+    background = _make_background(settings, gateway, gatekeeper, engine, opened, loading)
     opened.recorder.start()
     gateway.base_name = engine.base_names[0]
     gateway.hasher = opened.hasher
     gateway.submit = opened.recorder.submit if settings.capture.enabled else None
     feedback = FeedbackStore(opened.registry.database, opened.hasher, now)
     runtime = Runtime(
-        settings, opened.registry.database, gateway, opened.recorder, feedback, background, threads, loading
+        settings=settings,
+        database=opened.registry.database,
+        gateway=gateway,
+        recorder=opened.recorder,
+        feedback=feedback,
+        background=background,
+        threads=threads,
+        loading=loading,
+        uploading=uploading,
+        registry=opened.registry,
+        base=opened.base,
     )
     try:
         await background.start()
@@ -180,27 +209,32 @@ class _Opened:
     registry: Registry
     hasher: UserHasher
     recorder: Recorder
-    base_fingerprint: str
+    base: BaseInfo
 
 
-def _open(settings: Settings, gateway: Gateway, open_recorder: OpenRecorder) -> _Opened:
+def _open(settings: Settings, gateway: Gateway, engine: EngineFacts, open_recorder: OpenRecorder) -> _Opened:
     hasher = open_hasher(settings)
-    fingerprint = base_info(settings).fingerprint
-    registry = open_registry(settings, open_database(settings))
-    return _Opened(registry, hasher, open_recorder(settings, gateway.metrics), fingerprint)
+    base = base_info(settings)
+    registry = open_registry(settings, open_database(settings), base_names=engine.base_names)
+    return _Opened(registry, hasher, open_recorder(settings, gateway.metrics), base)
 
 
 def _make_background(
-    settings: Settings, gateway: Gateway, engine: EngineFacts, opened: _Opened, loading: ThreadPoolExecutor
+    settings: Settings,
+    gateway: Gateway,
+    gatekeeper: Gatekeeper,
+    engine: EngineFacts,
+    opened: _Opened,
+    loading: ThreadPoolExecutor,
 ) -> Background:
     async def in_loading_thread(work: Callable[[], str]) -> str:
         return await asyncio.get_running_loop().run_in_executor(loading, work)
 
     def approve(ref: VersionRef) -> None:
         made_for = opened.registry.version(ref).base_fingerprint
-        if made_for != opened.base_fingerprint:
+        if made_for != opened.base.fingerprint:
             raise RejectedError(
-                f"{ref} was made for the base {made_for}, this server has {opened.base_fingerprint}: "
+                f"{ref} was made for the base {made_for}, this server has {opened.base.fingerprint}: "
                 "serve it on its own base, or train a new version on this one",
                 reason="wrong_base",
             )
@@ -219,10 +253,25 @@ def _make_background(
         max_loras=engine.max_loras,
         max_cpu_loras=engine.max_cpu_loras,
         max_lora_rank=engine.max_lora_rank,
-        base_fingerprint=opened.base_fingerprint,
+        base_fingerprint=opened.base.fingerprint,
         started_at=now(),
         engine=engine.engine,
         is_engine_shared=engine.is_engine_shared,
     )
     database = opened.registry.database
-    return Background(database, ReplicaLedger(database), loader, gateway.metrics, settings.rollout, identity)
+
+    def lost(ref: VersionRef, reason: str) -> None:
+        quarantine(database, ref, actor=identity.id, reason=reason)
+
+    watch = FileWatch(opened.registry.store, lost)
+    ledger = ReplicaLedger(database)
+    background = Background(
+        database, ledger, loader, gateway.metrics, settings.rollout, identity, watch.check, gatekeeper
+    )
+
+    def refused(refusal: Refusal) -> None:
+        gateway.metrics["scion_access_refused_total"].labels(refusal.reason).inc()
+        background.refusals.add(refusal)
+
+    gatekeeper.refused = refused
+    return background

@@ -18,6 +18,7 @@ from pathlib import Path
 from scion_adapters.database import open_database
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.fingerprint import base_info
+from scion_adapters.keys import load_key_ring
 from scion_adapters.settings import CONFIG_ENV, DEFAULT_CONFIG, Settings
 
 PLUGINS = ("scion", "bitsandbytes")
@@ -108,17 +109,26 @@ def as_shell(launch: Launch) -> str:
     return "\n".join([*lines, shlex.join(["vllm", "serve", model, *rest])])
 
 
-def warn_about_binding(host: str, arguments: Iterable[str]) -> str | None:
+OPEN_SERVER = (
+    "the server listens on {host} and there is no API key: everybody who reaches it can ask, vote and publish; "
+    "`scion keys create NAME --scope ops` closes it"
+)
+
+
+def warn_about_binding(host: str, arguments: Iterable[str], has_keys: bool) -> str | None:
     """A warning when anybody who can reach this machine could use and rate the model; None when that is not so."""
-    if any(argument.partition("=")[0] == "--api-key" for argument in arguments) or os.environ.get("VLLM_API_KEY"):
+    has_vllm_key = any(argument.partition("=")[0] == "--api-key" for argument in arguments)
+    if has_keys or has_vllm_key or os.environ.get("VLLM_API_KEY") or is_loopback(host):
         return None
+    return OPEN_SERVER.format(host=host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
     try:
-        is_local = ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        is_local = host == "localhost"
-    if is_local:
-        return None
-    return f"server.host is {host} and no API key is set: everybody who reaches this address can use the model and vote"
+        return host == "localhost"
 
 
 def is_cpu_build() -> bool:
@@ -148,10 +158,17 @@ def config_file() -> Path | None:
     return path if path.is_file() else None
 
 
-def check_surroundings(settings: Settings) -> None:
-    """Fail now, with a clear message, on what would else fail after the engine has started: base files and database."""
+def check_surroundings(settings: Settings) -> bool:
+    """Fail now, with a clear message, on what would else fail after the engine has started: base files and database.
+
+    Returns whether there are API keys, so that the server will not be open.
+    """
     base_info(settings)
-    open_database(settings).dispose()
+    database = open_database(settings)
+    try:
+        return not load_key_ring(database).is_open
+    finally:
+        database.dispose()
 
 
 def check_plugin() -> None:

@@ -10,9 +10,9 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.bench import overhead, report
+from tests.bench import overhead, report, swap
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (overhead.BENCHMARK,)}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (overhead.BENCHMARK, swap.BENCHMARK)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -97,7 +97,8 @@ def make_replica(
 
 
 def report(database: Database, replica: Replica) -> None:
-    ReplicaLedger(database).report(replica)
+    """As if it reported at its `heartbeat_at`."""
+    ReplicaLedger(database, lambda: replica.heartbeat_at).report(replica)
 
 
 def add_completion(database: Database, number: int, **values: Any) -> None:

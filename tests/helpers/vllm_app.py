@@ -158,7 +158,7 @@ class VllmApp:
         self.models = OpenAIServingModels(self.engine, [BaseModelPath(name="base", model_path="/base")])
         state = self.app.state
         lora = SimpleNamespace(max_loras=4, max_cpu_loras=max_cpu_loras, max_lora_rank=16) if max_cpu_loras else None
-        state.vllm_config = SimpleNamespace(lora_config=lora)
+        state.vllm_config = SimpleNamespace(lora_config=lora, parallel_config=SimpleNamespace())
         state.engine_client = self.engine
         state.log_stats = False
         state.openai_serving_models = self.models

@@ -68,6 +68,16 @@ def test_a_clock_set_back_does_not_let_a_second_one_in(database: Database, clock
     assert take(database, "b", clock)  # and if it died, the lease is free as soon as it would have been
 
 
+def test_a_clock_set_back_does_not_leave_the_lease_with_a_dead_holder(database: Database, clock: FakeClock) -> None:
+    take(database, "a", clock)  # and dies
+    clock.advance(-3600)
+    assert not take(database, "b", clock)
+    clock.advance(9.9)
+    assert not try_acquire(database, NAME, "b", 1.0, clock)  # it is as long as its holder took it for
+    clock.advance(0.1)
+    assert take(database, "b", clock)
+
+
 def test_of_many_that_contend_one_wins_each_round(database: Database, clock: FakeClock) -> None:
     names = [f"thread-{n}" for n in range(4)]
     rounds = 5

@@ -16,64 +16,22 @@ from scion_adapters.aliases import set_alias_in
 from scion_adapters.artifacts import ArtifactStore
 from scion_adapters.database import Database
 from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundError, RejectedError, UnavailableError
-from scion_adapters.events import list_events, routing_revision
-from scion_adapters.fingerprint import BaseInfo, read_base
+from scion_adapters.events import list_events
+from scion_adapters.fingerprint import read_base
 from scion_adapters.records import CHALLENGER, CHAMPION, PREVIOUS, Version, VersionRef, VersionState
 from scion_adapters.registry import Registry
 from tests.helpers.adapters import LIMITS, make_adapter, make_base
-
-
-class World:
-    """A registry with a tiny base, and a publisher of ever new adapters."""
-
-    def __init__(self, registry: Registry, base: BaseInfo, directory: Path) -> None:
-        self.registry = registry
-        self.base = base
-        self._directory = directory
-        self._lock = threading.Lock()
-        self._count = 0
-
-    def adapter_directory(self) -> Path:
-        with self._lock:
-            self._count += 1
-            count = self._count
-        return make_adapter(self._directory / f"adapter-{count}", self.base, seed=count)
-
-    def publish(self, adapter: str = "chat", *, parent: int = 0, run_id: str | None = None) -> Version:
-        return self.registry.publish(
-            adapter,
-            self.adapter_directory(),
-            parent=parent,
-            base=self.base,
-            limits=LIMITS,
-            actor="test",
-            reason="because",
-            run_id=run_id,
-        )
-
-    def accepted(self) -> Version:
-        return self.registry.accept(self.publish().ref, actor="gates", reason="passed")
-
-    def kinds(self) -> list[str]:
-        return [event.kind for event in list_events(self.registry.database)]
-
-    def revision(self) -> int:
-        with self.registry.database.read() as connection:
-            return routing_revision(connection)
-
-    def set_traffic(self, alias: str, number: int | None) -> None:
-        with self.registry.database.write() as connection:
-            set_alias_in(connection, "chat", alias, number, clock_value=5.0, actor="rollouts", reason="moved")
+from tests.helpers.registry_world import RegistryWorld
 
 
 @pytest.fixture
-def world(database: Database, tmp_path: Path) -> World:
+def world(database: Database, tmp_path: Path) -> RegistryWorld:
     registry = Registry(database, ArtifactStore(tmp_path / "store"), clock=lambda: 100.0)
     registry.ensure_adapter("chat")
-    return World(registry, read_base(make_base(tmp_path / "base")), tmp_path)
+    return RegistryWorld(registry, read_base(make_base(tmp_path / "base")), tmp_path)
 
 
-def test_a_published_version_is_a_candidate_with_its_history(world: World) -> None:
+def test_a_published_version_is_a_candidate_with_its_history(world: RegistryWorld) -> None:
     first = world.publish(run_id="run-1")
     second = world.publish(parent=1)
 
@@ -93,21 +51,21 @@ def test_a_published_version_is_a_candidate_with_its_history(world: World) -> No
     )
 
 
-def test_numbers_count_per_adapter_and_lora_ids_over_all(world: World) -> None:
+def test_numbers_count_per_adapter_and_lora_ids_over_all(world: RegistryWorld) -> None:
     versions = [world.publish("chat"), world.publish("code"), world.publish("chat")]
     assert [(version.adapter, version.number) for version in versions] == [("chat", 1), ("code", 1), ("chat", 2)]
     assert [version.lora_id for version in versions] == [1, 2, 3]
     assert world.registry.adapters() == ["chat", "code"]
 
 
-def test_a_run_publishes_once(world: World) -> None:
+def test_a_run_publishes_once(world: RegistryWorld) -> None:
     first = world.publish(run_id="run-1")
     assert world.publish(run_id="run-1") == first  # a resumed run
     assert world.publish(run_id="run-2").number == 2  # and no number was spent
     assert world.kinds().count("version.published") == 2
 
 
-def test_a_run_that_two_processes_resume_publishes_once(world: World) -> None:
+def test_a_run_that_two_processes_resume_publishes_once(world: RegistryWorld) -> None:
     directories = [world.adapter_directory() for _ in range(4)]
     barrier = threading.Barrier(4)
 
@@ -123,14 +81,45 @@ def test_a_run_that_two_processes_resume_publishes_once(world: World) -> None:
     assert len(world.registry.versions("chat")) == 1
 
 
-def test_many_processes_never_share_a_number_or_an_id(world: World) -> None:
+def test_many_processes_never_share_a_number_or_an_id(world: RegistryWorld) -> None:
     with ThreadPoolExecutor(4) as pool:
         versions = list(pool.map(lambda _: world.publish(), range(12)))
     assert sorted(version.number for version in versions) == list(range(1, 13))
     assert len({version.lora_id for version in versions}) == 12
 
 
-def test_a_refused_adapter_leaves_an_event_and_nothing_else(world: World, tmp_path: Path) -> None:
+def test_a_name_that_no_column_holds_is_refused_with_an_event(world: RegistryWorld, tmp_path: Path) -> None:
+    good = make_adapter(tmp_path / "good", world.base)
+    for name in ("\0", "\ud800", "x" * 10_000):
+        with pytest.raises(RejectedError) as caught:
+            world.registry.publish(name, good, parent=0, base=world.base, limits=LIMITS, actor="test")
+        event = list_events(world.registry.database, newest=True)[-1]
+        assert (event.kind, event.adapter, event.data["check"]) == ("version.refused", None, "invalid_name")
+        assert event.reason == str(caught.value)
+
+
+def test_whatever_somebody_gives_as_a_reason_for_publishing_can_be_recorded(world: RegistryWorld) -> None:
+    world.registry.publish(
+        "chat",
+        world.adapter_directory(),
+        parent=0,
+        base=world.base,
+        limits=LIMITS,
+        actor="test",
+        reason="a NUL: \0, half a letter: \ud800, an é",
+    )
+    event = list_events(world.registry.database, newest=True)[-1]
+    assert event.reason == "a NUL: \\0, half a letter: \\ud800, an é"
+
+
+def test_an_adapter_cannot_be_called_what_the_base_is_called(database: Database, tmp_path: Path) -> None:
+    registry = Registry(database, ArtifactStore(tmp_path / "store"), base_names=["Base-7b"])
+    with pytest.raises(RejectedError, match=r"base\.served_name"):
+        registry.ensure_adapter("base-7b")
+    assert registry.adapters() == []
+
+
+def test_a_refused_adapter_leaves_an_event_and_nothing_else(world: RegistryWorld, tmp_path: Path) -> None:
     bad = make_adapter(tmp_path / "bad", world.base, config={"use_dora": True})
     with pytest.raises(RejectedError) as caught:
         world.registry.publish("chat", bad, parent=0, base=world.base, limits=LIMITS, actor="test", run_id="run-1")
@@ -144,7 +133,7 @@ def test_a_refused_adapter_leaves_an_event_and_nothing_else(world: World, tmp_pa
     assert not list((tmp_path / "store/tmp").iterdir())
 
 
-def test_the_parent_must_exist(world: World) -> None:
+def test_the_parent_must_exist(world: RegistryWorld) -> None:
     with pytest.raises(NotFoundError, match="chat:3 does not exist"):
         world.publish(parent=3)
 
@@ -160,7 +149,7 @@ RESOLVED = [
 
 
 @pytest.mark.parametrize(("text", "number"), RESOLVED)
-def test_names_resolve_to_versions(world: World, text: str, number: int) -> None:
+def test_names_resolve_to_versions(world: RegistryWorld, text: str, number: int) -> None:
     world.accepted()
     world.accepted()
     world.set_traffic(CHAMPION, 2)
@@ -168,7 +157,7 @@ def test_names_resolve_to_versions(world: World, text: str, number: int) -> None
     assert world.registry.resolve(text) == VersionRef("chat", number)
 
 
-def test_without_a_champion_the_base_answers(world: World) -> None:
+def test_without_a_champion_the_base_answers(world: RegistryWorld) -> None:
     assert world.registry.resolve("chat") == VersionRef("chat", 0)
 
 
@@ -184,13 +173,13 @@ UNRESOLVED = [
 
 
 @pytest.mark.parametrize(("text", "error", "message"), UNRESOLVED)
-def test_unknown_names_say_what_there_is(world: World, text: str, error: type[Exception], message: str) -> None:
+def test_unknown_names_say_what_there_is(world: RegistryWorld, text: str, error: type[Exception], message: str) -> None:
     world.publish()
     with pytest.raises(error, match=message):
         world.registry.resolve(text)
 
 
-def test_accepting_changes_the_routing_once(world: World) -> None:
+def test_accepting_changes_the_routing_once(world: RegistryWorld) -> None:
     candidate = world.publish()
     before = world.revision()
     accepted = world.registry.accept(candidate.ref, actor="gates", reason="passed", metrics={"margin": 0.5})
@@ -201,7 +190,7 @@ def test_accepting_changes_the_routing_once(world: World) -> None:
     assert world.kinds() == ["version.published", "version.accepted"]
 
 
-def test_a_rejected_version_stays_rejected(world: World) -> None:
+def test_a_rejected_version_stays_rejected(world: RegistryWorld) -> None:
     candidate = world.publish()
     rejected = world.registry.reject(candidate.ref, actor="gates", reason="forgets")
     assert (rejected.state, rejected.reason) == (VersionState.REJECTED, "forgets")
@@ -215,7 +204,7 @@ def test_a_rejected_version_stays_rejected(world: World) -> None:
 
 
 @pytest.mark.parametrize("alias", [CHAMPION, CHALLENGER])
-def test_a_version_that_serves_cannot_be_rejected(world: World, alias: str) -> None:
+def test_a_version_that_serves_cannot_be_rejected(world: RegistryWorld, alias: str) -> None:
     version = world.accepted()
     world.set_traffic(alias, version.number)
     with pytest.raises(ConflictError, match=f"serves users as {alias}"):
@@ -223,7 +212,7 @@ def test_a_version_that_serves_cannot_be_rejected(world: World, alias: str) -> N
     assert world.registry.version(version.ref).state is VersionState.ACCEPTED
 
 
-def test_rejecting_takes_every_other_alias_away(world: World) -> None:
+def test_rejecting_takes_every_other_alias_away(world: RegistryWorld) -> None:
     version = world.accepted()
     world.set_traffic(PREVIOUS, 1)
     world.registry.set_alias("chat", "good", 1, actor="me")
@@ -234,7 +223,7 @@ def test_rejecting_takes_every_other_alias_away(world: World) -> None:
     assert sorted(removed) == ["candidate-1", "good", "previous"]
 
 
-def test_aliases_keep_their_history(world: World) -> None:
+def test_aliases_keep_their_history(world: RegistryWorld) -> None:
     world.accepted()
     world.accepted()
     for number in (1, 2, 2, 1):  # the second 2 changes nothing
@@ -261,7 +250,9 @@ REFUSED_ALIASES = [
 
 
 @pytest.mark.parametrize(("alias", "number", "error", "message"), REFUSED_ALIASES)
-def test_aliases_that_are_refused(world: World, alias: str, number: int, error: type[Exception], message: str) -> None:
+def test_aliases_that_are_refused(
+    world: RegistryWorld, alias: str, number: int, error: type[Exception], message: str
+) -> None:
     world.accepted()
     world.publish()
     with pytest.raises(error, match=message):
@@ -269,18 +260,18 @@ def test_aliases_that_are_refused(world: World, alias: str, number: int, error: 
     assert world.registry.aliases("chat") == {}
 
 
-def test_an_alias_may_name_the_base(world: World) -> None:
+def test_an_alias_may_name_the_base(world: RegistryWorld) -> None:
     world.registry.set_alias("chat", "plain", 0, actor="me")
     assert world.registry.resolve("chat@plain") == VersionRef("chat", 0)
 
 
-def test_not_even_a_rollout_can_route_to_a_candidate(world: World) -> None:
+def test_not_even_a_rollout_can_route_to_a_candidate(world: RegistryWorld) -> None:
     world.publish()
     with pytest.raises(ConflictError, match="is candidate"):
         world.set_traffic(CHALLENGER, 1)
 
 
-def test_an_evaluation_is_a_reserved_alias(world: World) -> None:
+def test_an_evaluation_is_a_reserved_alias(world: RegistryWorld) -> None:
     candidate = world.publish()
     before = world.revision()
     world.registry.request_evaluation(candidate.ref)
@@ -291,7 +282,7 @@ def test_an_evaluation_is_a_reserved_alias(world: World) -> None:
     assert world.revision() == before + 2
 
 
-def test_an_alias_that_several_set_at_once_keeps_one_history(world: World) -> None:
+def test_an_alias_that_several_set_at_once_keeps_one_history(world: RegistryWorld) -> None:
     world.accepted()
     world.accepted()
     barrier = threading.Barrier(4)
@@ -307,7 +298,7 @@ def test_an_alias_that_several_set_at_once_keeps_one_history(world: World) -> No
     assert history[-1].number == world.registry.aliases("chat")["good"]
 
 
-def test_a_version_is_never_rejected_and_pointed_at(world: World) -> None:
+def test_a_version_is_never_rejected_and_pointed_at(world: RegistryWorld) -> None:
     for _ in range(5):
         version = world.accepted()
         barrier = threading.Barrier(2)
@@ -328,7 +319,7 @@ def test_a_version_is_never_rejected_and_pointed_at(world: World) -> None:
         assert world.registry.aliases("chat") == {}
 
 
-def test_a_publication_that_broke_off_can_be_repeated(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_publication_that_broke_off_can_be_repeated(world: RegistryWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:  # the artifact is stored, and then the database is away
         patch.setattr(registry_module, "insert_version", unavailable)
         with pytest.raises(UnavailableError):
@@ -341,12 +332,12 @@ def unavailable(*_: object, **__: object) -> None:
     raise UnavailableError("the database does not answer")
 
 
-def test_the_base_is_not_a_version(world: World) -> None:
+def test_the_base_is_not_a_version(world: RegistryWorld) -> None:
     with pytest.raises(InvalidInputError, match="the base itself"):
         world.registry.reject(VersionRef("chat", 0), actor="me", reason="no")
 
 
-def test_a_failed_transaction_leaves_no_trace(world: World) -> None:
+def test_a_failed_transaction_leaves_no_trace(world: RegistryWorld) -> None:
     before = world.revision()
 
     def set_and_die() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from scion_adapters.database import Database
+from scion_adapters.database import Database, server_time
 from scion_adapters.errors import UnavailableError
 from scion_adapters.replicas import FORGET_AFTER_S, ReplicaLedger, all_loaded, lacking, wait_until_loaded
 from tests.helpers.rollouts import START, FakeClock, make_replica
@@ -42,9 +42,10 @@ def test_the_last_report_counts(ledger: ReplicaLedger) -> None:
 
 def test_silent_servers_stop_counting_and_those_that_leave_go_at_once(ledger: ReplicaLedger, clock: FakeClock) -> None:
     ledger.report(make_replica("a:1"))
-    ledger.report(make_replica("b:2", heartbeat_at=START + 5))
-    ledger.report(make_replica("c:3", heartbeat_at=START + 5))
-    clock.advance(TTL_S)
+    clock.advance(5)
+    ledger.report(make_replica("b:2"))
+    ledger.report(make_replica("c:3"))
+    clock.advance(TTL_S - 5)
     assert [r.id for r in ledger.live(TTL_S)] == ["a:1", "b:2", "c:3"]
     clock.advance(0.1)
     assert [r.id for r in ledger.live(TTL_S)] == ["b:2", "c:3"]
@@ -52,9 +53,36 @@ def test_silent_servers_stop_counting_and_those_that_leave_go_at_once(ledger: Re
     assert [r.id for r in ledger.live(TTL_S)] == ["c:3"]
 
 
-def test_a_server_whose_clock_is_ahead_is_live(ledger: ReplicaLedger) -> None:
-    ledger.report(make_replica("a:1", heartbeat_at=START + 3600))
-    assert [r.id for r in ledger.live(TTL_S)] == ["a:1"]
+def test_a_server_whose_own_clock_is_wrong_is_live_as_long_as_it_reports(
+    ledger: ReplicaLedger, clock: FakeClock
+) -> None:
+    for error_s in (3600, -3600):
+        ledger.report(make_replica("a:1", heartbeat_at=START + error_s))
+        assert [(r.id, r.heartbeat_at) for r in ledger.live(TTL_S)] == [("a:1", START)]
+    clock.advance(TTL_S + 1)
+    assert ledger.live(TTL_S) == []
+
+
+def test_a_clock_set_back_kills_no_server_and_keeps_no_dead_one(ledger: ReplicaLedger, clock: FakeClock) -> None:
+    for name in ("dead:1", "a:1", "b:2"):
+        ledger.report(make_replica(name))
+    clock.advance(-3600)
+    assert [r.id for r in ledger.live(TTL_S)] == ["a:1", "b:2", "dead:1"]  # who is dead cannot be told yet
+    ledger.report(make_replica("a:1"))
+    assert [r.id for r in ledger.live(TTL_S)] == ["a:1", "b:2", "dead:1"]  # nor for one that did not report yet
+    clock.advance(TTL_S)
+    for name in ("a:1", "b:2"):
+        ledger.report(make_replica(name))
+    clock.advance(0.1)
+    assert [r.id for r in ledger.live(TTL_S)] == ["a:1", "b:2"]
+
+
+def test_without_a_clock_the_databases_own_is_used(database: Database) -> None:
+    ledger = ReplicaLedger(database)
+    ledger.report(make_replica("a:1", heartbeat_at=START))
+    (replica,) = ledger.live(60.0)
+    with database.read() as connection:
+        assert server_time(connection) - 60 < replica.heartbeat_at <= server_time(connection)
 
 
 def test_the_long_dead_are_forgotten(ledger: ReplicaLedger, clock: FakeClock) -> None:
@@ -108,9 +136,10 @@ def test_waiting_ends_when_the_last_one_has_loaded(ledger: ReplicaLedger) -> Non
 
 
 def test_waiting_ends_when_the_one_that_lacks_it_dies(ledger: ReplicaLedger, clock: FakeClock) -> None:
-    ledger.report(make_replica("a:1", loaded={7}, heartbeat_at=START + 60))
     ledger.report(make_replica("b:2"))
-    time = Stepper(lambda: clock.advance(TTL_S + 1))
+    clock.advance(TTL_S)
+    ledger.report(make_replica("a:1", loaded={7}))
+    time = Stepper(lambda: clock.advance(1))
     live = wait_until_loaded(ledger, 7, 60.0, TTL_S, monotonic=time.monotonic, sleep=time.sleep)
     assert [r.id for r in live] == ["a:1"]
 

@@ -78,6 +78,7 @@ def test_ratings_become_a_candidate_that_the_server_can_load(project: Project) -
     assert json.loads((directory / "scion.json").read_text()) == {
         "adapter": "chat",
         "base_fingerprint": base_info(project.settings).fingerprint,
+        "base_quantization": project.settings.base.quantization,
         "parent": 0,
         "run": run.id,
         "snapshot": version.snapshot_id,

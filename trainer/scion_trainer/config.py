@@ -34,6 +34,7 @@ class RunConfig:
     since: float | None  # Unix seconds; None = all ratings
     seed: int
     report_to: str
+    likelihood_weight: float = 0.0  # KTO only; the default is that of runs begun before it was there
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the database."""
@@ -70,4 +71,5 @@ def run_config(settings: Settings, recipe: str, *, since: float | None = None) -
         since=since,
         seed=trainer.seed,
         report_to=trainer.report_to,
+        likelihood_weight=trainer.kto.likelihood_weight,
     )

@@ -42,7 +42,7 @@ def evaluate(
     snapshot: Snapshot | None = None,
     actor: str = "gates",
     progress: Progress = lambda what, done, total: None,
-    clock: Clock = now,
+    clock: Clock | None = None,
     server: ModelServer | None = None,
     tokens: ChatTokens | None = None,
     gates: Sequence[Gate] = GATES,
@@ -61,7 +61,8 @@ def evaluate(
             f"{ref} is {version.state.value} ({version.reason or 'no reason kept'}); publish a new version instead"
         )
     with HeldLease(database, f"evaluation:{ref}", new_id("evaluation")) as lease, ExitStack() as stack:
-        started = clock()
+        time_now = clock or now
+        started = time_now()
         snapshot = snapshot or _own_snapshot(database, version)
         base = base_info(settings)
         parent = _comparable_parent(registry, version)
@@ -94,14 +95,14 @@ def evaluate(
             reason=reason,
             gates=tuple(results),
             created_at=started,
-            seconds=clock() - started,
+            seconds=time_now() - started,
             lineage=_lineage(database, version, parent, snapshot, base),
         )
         write_report(report, registry.store.report_path(ref))
         registry.store.sync_report(ref)
         if lease.lost.is_set():
             raise ConflictError(f"the evaluation of {ref} lost its lease, another one may run; evaluate it again")
-        _conclude(report, version, registry, database, actor, clock)
+        _conclude(report, version, registry, database, actor, time_now)
         return report
 
 
@@ -111,7 +112,7 @@ def _run_gates(
     registry: Registry,
     database: Database,
     parent: Version | None,
-    clock: Clock,
+    clock: Clock | None,
 ) -> tuple[list[GateResult], str | None]:
     """The results, and why the serving engine could not be asked if it could not. A broken artifact is never loaded."""
     results = [gate.run(context) for gate in gates if not gate.needs_server]
@@ -135,7 +136,7 @@ def _run_gates(
 
 @contextmanager
 def _loaded(
-    context: GateContext, registry: Registry, database: Database, parent: Version | None, clock: Clock
+    context: GateContext, registry: Registry, database: Database, parent: Version | None, clock: Clock | None
 ) -> Iterator[None]:
     """Candidate and parent are loaded on every live server while this is open, and asked for no longer than that."""
     settings = context.settings

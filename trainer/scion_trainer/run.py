@@ -185,6 +185,7 @@ def execute(
             lineage={
                 "adapter": run.adapter,
                 "base_fingerprint": base.fingerprint,
+                "base_quantization": base.quantization,
                 "parent": run.parent,
                 "run": run_id,
                 "snapshot": snapshot.id,

@@ -37,19 +37,20 @@ def register(app: typer.Typer) -> None:
     group.command("import")(import_adapter)
     group.command("export")(export)
     group.command("alias")(alias)
+    group.command("retire")(retire_version)
+    group.command("gc")(collect_garbage)
     app.add_typer(group)
 
 
 def list_adapters(as_json: JsonOption = False) -> None:
     """List the adapters with what they serve."""
-    registry = _registry()
-    data = []
-    for name in registry.adapters():
-        data.append((name, len(registry.versions(name)), registry.aliases(name)))
+    from scion_adapters.listing import adapters_json
+
+    found = adapters_json(_registry())
     if as_json:
-        print_json([{"adapter": name, "num_versions": count, "aliases": aliases} for name, count, aliases in data])
+        print_json(found)
         return
-    rows = [(name, count, _aliases_text(aliases)) for name, count, aliases in data]
+    rows = [(item["adapter"], item["num_versions"], _aliases_text(item["aliases"])) for item in found]
     print_table(("adapter", "versions", "aliases"), rows)
 
 
@@ -58,16 +59,16 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an adapter's versions and aliases, or all that is known of one version."""
+    from scion_adapters.listing import adapter_json
+
     registry = _registry()
     if ":" in what or "@" in what:
         _show_version(registry.version(registry.resolve(what)), registry, as_json)
         return
-    versions, aliases, history = registry.versions(what), registry.aliases(what), registry.alias_history(what)
     if as_json:
-        print_json(
-            {"adapter": what, "versions": [_public(v) for v in versions], "aliases": aliases, "history": history}
-        )
+        print_json(adapter_json(registry, what))
         return
+    versions, aliases, history = registry.versions(what), registry.aliases(what), registry.alias_history(what)
     print_table(
         ("version", "state", "parent", "recipe", "published", "by", "aliases"),
         [
@@ -128,6 +129,7 @@ def import_adapter(
     directory: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")],
     name: NameArgument,
     reason: ReasonOption = "imported",
+    digest: Annotated[str | None, typer.Option(help="The digest that it must have: what `show` names it by.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a PEFT directory and publish it as a candidate; its parent is the champion."""
@@ -146,6 +148,7 @@ def import_adapter(
         actor=actor(),
         reason=reason,
         recipe="import",
+        digest=digest,
     )
     if as_json:
         print_json(_public(version))
@@ -203,6 +206,39 @@ def alias(
         console.print(f"{name}: {_aliases_text(registry.aliases(name)) or 'no aliases'}")
 
 
+def retire_version(version: RefArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
+    """Take a version out of service for good: servers drop it, and `gc` may delete its files."""
+    from scion_adapters.retirement import retire
+
+    registry = _registry()
+    retired = retire(registry.database, registry.resolve(version), actor=actor(), reason=reason)
+    if as_json:
+        print_json(_public(retired))
+    else:
+        console.print(f"{retired.ref} is retired; `scion adapters gc` deletes its files once no server holds it.")
+
+
+def collect_garbage(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete the files of retired and rejected versions that nothing can reach any more."""
+    from scion_adapters.gc import collect
+    from scion_adapters.settings import load_settings
+
+    window_s = load_settings().rollout.rollback_window_s
+    fates = collect(_registry(), rollback_window_s=window_s, dry_run=dry_run, actor=actor())
+    if as_json:
+        print_json([{"version": str(f.version.ref), "digest": f.version.digest, "kept_for": f.kept_for} for f in fates])
+        return
+    rows = [(f.version.ref, format_bytes(f.version.size_bytes), f.kept_for or _gone(dry_run)) for f in fates]
+    print_table(("version", "size", "files"), rows)
+
+
+def _gone(dry_run: bool) -> str:
+    return "would be deleted" if dry_run else "deleted"
+
+
 def _registry() -> Registry:
     from scion_adapters.registry import open_registry
     from scion_adapters.settings import load_settings
@@ -211,25 +247,24 @@ def _registry() -> Registry:
 
 
 def _show_version(version: Version, registry: Registry, as_json: bool) -> None:
-    aliases = [name for name, number in registry.aliases(version.adapter).items() if number == version.number]
-    report = registry.store.report_path(version.ref)
-    data = {**_public(version), "aliases": aliases, "report": sorted(str(file) for file in report.iterdir())}
+    from scion_adapters.listing import version_json
+
+    data = version_json(registry, version)
     if as_json:
         print_json(data)
         return
     data["created_at"] = format_time(version.created_at)
     data["size_bytes"] = format_bytes(version.size_bytes)
-    data["aliases"] = ", ".join(aliases) or None
+    data["aliases"] = ", ".join(data["aliases"]) or None
     data["report"] = ", ".join(data["report"]) or None
     metrics = data.pop("metrics")
     print_table(("", str(version.ref)), [*data.items(), *((f"metrics.{key}", value) for key, value in metrics.items())])
 
 
 def _public(version: Version) -> dict[str, Any]:
-    """The version for people: its evaluation key is the gates' secret."""
-    data = {"version": str(version.ref), **dataclasses.asdict(version)}
-    del data["evaluation_key"]
-    return data
+    from scion_adapters.listing import public_json
+
+    return public_json(version)
 
 
 def _aliases_text(aliases: dict[str, int]) -> str | None:

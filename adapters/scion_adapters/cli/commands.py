@@ -8,15 +8,17 @@ from scion_adapters.cli import (
     adapters_commands,
     configuration_commands,
     database_commands,
+    keys_commands,
     rollout_commands,
     status_commands,
 )
 
 
 def register(app: typer.Typer) -> None:
-    """Add `init`, `doctor`, `db`, `adapters`, `status`, `events`, `rollout` and `rollback` to `scion`."""
+    """Add `init`, `doctor`, `db`, `adapters`, `status`, `events`, `rollout`, `rollback` and `keys` to `scion`."""
     configuration_commands.register(app)
     database_commands.register(app)
     adapters_commands.register(app)
     status_commands.register(app)
     rollout_commands.register(app)
+    keys_commands.register(app)

@@ -57,11 +57,14 @@ def init(
     console.print("Then `scion doctor` says what is missing, and `scion serve` starts the server.")
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what processes that were killed left behind.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Check configuration, base, database, store, vLLM and servers; exit code 1 if something is broken."""
     from scion_adapters.doctor import examine
 
-    checks = examine()
+    checks = examine(repair=repair)
     if as_json:
         print_json({"ok": all(check.result != "failed" for check in checks), "checks": checks})
     else:

@@ -97,12 +97,11 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show rollouts that run, and with NAME those that ended."""
-    from scion_adapters.clock import now
     from scion_adapters.rollout_progress import read_progress
 
     settings, database, rollouts = _open()
     found = [r for r in rollouts.list(name, limit=limit) if name is not None or r.state.is_active]
-    shown = [(rollout, read_progress(database, rollout, settings, now())) for rollout in found]
+    shown = [(rollout, read_progress(database, rollout, settings)) for rollout in found]
     if as_json:
         print_json([{**_as_json(rollout), "progress": progress} for rollout, progress in shown])
         return

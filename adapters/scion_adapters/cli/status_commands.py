@@ -34,7 +34,7 @@ def status(as_json: JsonOption = False) -> None:
     from scion_adapters.status import read_status
 
     settings = load_settings()
-    present = read_status(open_registry(settings).database, settings, now())
+    present = read_status(open_registry(settings).database, settings)
     if as_json:
         print_json(present)
     else:

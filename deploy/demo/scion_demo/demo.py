@@ -27,8 +27,8 @@ NUM_USERS = 240
 TURNS_PER_ROUND = 1100
 RAID_TURNS = 240
 CONCURRENCY = 16
-BACKGROUND_CONCURRENCY = 4
-"""Users who keep talking while a version is trained and carried to them."""
+TURNS_PER_S_WHILE_TRAINING = 3.0
+"""Users keep talking while a version is trained; not so fast that they take its cores, or drown its ratings."""
 GOOD_ENOUGH = 0.93
 """No further round when this share of votes is thumbs up, and no more than `FORGETS_LITTLE` of accuracy is lost."""
 FORGETS_LITTLE = 0.02
@@ -159,15 +159,17 @@ async def _improve(
     Returns the seconds it took, None if no version came of it.
     """
     started = time.monotonic()
-    async with _background(stage, profile, chronicle, seed=seed * 1000 + 500 + number):
+    seed = seed * 1000 + 500 + 2 * number
+    async with _background(stage, profile, chronicle, seed=seed, turns_per_s=TURNS_PER_S_WHILE_TRAINING):
         console.print("Training on the ratings while users go on …")
         trained = await stage.run("train", ADAPTER, "--recipe", "kto", show=True)
-        version = _version(trained.output)
-        if trained.code != 0 or version is None:
-            console.print(f"  no new version: {trained.errors.strip().splitlines()[-1:]}", highlight=False)
-            return None
-        chronicle.mark(f"{version} trained")
-        console.print(f"  {version} passed its gates; carrying it to users …", highlight=False)
+    version = _version(trained.output)
+    if trained.code != 0 or version is None:
+        console.print(f"  no new version: {trained.errors.strip().splitlines()[-1:]}", highlight=False)
+        return None
+    chronicle.mark(f"{version} trained")
+    console.print(f"  {version} passed its gates; carrying it to users …", highlight=False)
+    async with _background(stage, profile, chronicle, seed=seed + 1):
         await stage.must(
             "rollout", "start", version, "--steps", "10%,50%,100%", "--after-requests", "40", "--wait", show=True
         )
@@ -218,16 +220,18 @@ async def _raid(stage: Stage, profile: Profile, chronicle: Chronicle, console: C
     )
     chronicle.mark("raid")
     champion = _version(await stage.must("adapters", "show", f"{ADAPTER}@champion"))
-    async with _background(stage, profile, chronicle, seed=seed * 1000 + 950, concurrency=CONCURRENCY):
+    seed = seed * 1000 + 950
+    async with _background(stage, profile, chronicle, seed=seed, turns_per_s=TURNS_PER_S_WHILE_TRAINING):
         trained = await stage.run(
             "train", ADAPTER, "--recipe", "sft", "--since", f"{time.time() - since:.0f}s", show=True
         )
-        version = _version(trained.output)
-        if trained.code != 0 or version is None:
-            raise CommandError(
-                f"the raid's version did not get past the gates, so there is nothing to take back: {trained}"
-            )
-        console.print(f"  {version} passed its gates; users will tell …", highlight=False)
+    version = _version(trained.output)
+    if trained.code != 0 or version is None:
+        raise CommandError(
+            f"the raid's version did not get past the gates, so there is nothing to take back: {trained}"
+        )
+    console.print(f"  {version} passed its gates; users will tell …", highlight=False)
+    async with _background(stage, profile, chronicle, seed=seed + 1):
         ended = await stage.run(
             "rollout", "start", version, "--steps", "25%,100%", "--every", "60s", "--wait", show=True
         )
@@ -245,7 +249,7 @@ async def _raid(stage: Stage, profile: Profile, chronicle: Chronicle, console: C
 
 @asynccontextmanager
 async def _background(
-    stage: Stage, profile: Profile, chronicle: Chronicle, *, seed: int, concurrency: int = BACKGROUND_CONCURRENCY
+    stage: Stage, profile: Profile, chronicle: Chronicle, *, seed: int, turns_per_s: float | None = None
 ) -> AsyncIterator[None]:
     """Users go on asking and rating until the block ends; what they saw is in the chronicle."""
     ended = asyncio.Event()
@@ -256,7 +260,8 @@ async def _background(
             until=ended,
             seed=seed,
             num_users=NUM_USERS,
-            concurrency=concurrency,
+            concurrency=CONCURRENCY,
+            turns_per_s=turns_per_s,
             on_turn=chronicle.turns.append,
         )
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,7 @@ def replica(**changes: Any) -> Replica:
 
 
 def report(project: Project, **changes: Any) -> None:
-    ReplicaLedger(project.registry().database).report(replica(heartbeat_at=time.time(), **changes))
+    ReplicaLedger(project.registry().database).report(replica(**changes))
 
 
 def test_status_shows_who_serves_what(project: Project) -> None:
@@ -207,7 +206,7 @@ def test_status_of_an_empty_world(project: Project) -> None:
 
 
 def test_a_silent_server_is_not_shown(project: Project) -> None:
-    ReplicaLedger(project.registry().database).report(replica(heartbeat_at=1.0))
+    ReplicaLedger(project.registry().database, lambda: 1.0).report(replica())
     assert project.json("status")["replicas"] == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from scion_adapters.fingerprint import BaseInfo, read_base
 from scion_adapters.preflight import AdapterLimits, check_adapter
 from scion_adapters.settings import LORA_TARGETS
 from tests.helpers.adapters import LIMITS, Tensors, make_adapter, make_base, peft_config
+from tests.helpers.faults import BAD_NAMES, FAULTS
+from tests.helpers.serving import REPOSITORY
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 DOWN1 = "base_model.model.model.layers.1.mlp.down_proj"
@@ -69,6 +72,7 @@ UNSUPPORTED = [
     ("use_dora", True),  # magnitudes are not served
     ("bias", "all"),  # biases are not served
     ("bias", "lora_only"),  # nor these
+    ("bias", None),  # the server refuses it
     ("lora_bias", True),  # nor these
     ("modules_to_save", ["lm_head"]),  # whole layers are not served
     ("trainable_token_indices", [1, 2]),  # embeddings are not served
@@ -97,6 +101,7 @@ UNSUPPORTED = [
     ("rank_pattern", {"q_proj": 0}),  # no rank
     ("rank_pattern", [4]),  # not a mapping
     ("alpha_pattern", {"q_proj": None}),  # no scale
+    ("alpha_pattern", {f"q{i}": 4 for i in range(1025)}),  # each is compared with each module
 ]
 
 
@@ -106,6 +111,30 @@ def test_configurations_that_are_refused(tmp_path: Path, base: BaseInfo, field: 
     with pytest.raises(RejectedError, match=field) as caught:
         check_adapter(directory, base, LIMITS)
     assert caught.value.reason == "unsupported_config"
+
+
+def test_what_a_stranger_wrote_is_quoted_so_that_any_database_and_answer_can_hold_it(
+    tmp_path: Path, base: BaseInfo
+) -> None:
+    name = "\0\ud800\u202e" + "x" * 1000
+    for changes in (
+        {"config": {name: True}},
+        {"config": {"init_lora_weights": name}},
+        {"scion": {"base_fingerprint": name}},
+        {"scion": {"base_quantization": name}},
+        {"edit": rename(f"{Q0}.lora_A.weight", name)},
+        {"edit": rename(f"{Q0}.lora_A.weight", f"base_model.model.{name}.lora_A.weight")},
+    ):
+        with pytest.raises(RejectedError) as caught:
+            check_adapter(make_adapter(tmp_path / "bad", base, **changes), nf4(base), LIMITS)
+        assert str(caught.value).isascii()
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
+        (tmp_path / "bad" / "scion.json").unlink(missing_ok=True)
+
+
+def nf4(base: BaseInfo) -> BaseInfo:
+    return dataclasses.replace(base, quantization="nf4")
 
 
 def poison(key: str, value: float) -> Callable[[Tensors], None]:
@@ -242,6 +271,22 @@ def test_the_fingerprint_tells_bases_of_one_shape_apart(tmp_path: Path, base: Ba
     check_adapter(bad, other, LIMITS)
 
 
+def test_an_adapter_trained_on_another_quantization_of_the_base_is_refused(tmp_path: Path, base: BaseInfo) -> None:
+    directory = make_adapter(tmp_path / "bad", base, scion={"base_quantization": "none"})
+    assert reason_of(directory, nf4(base)) == "wrong_quantization"
+    check_adapter(directory, dataclasses.replace(base, quantization="none"), LIMITS)
+
+
+def test_a_rank_for_modules_that_are_not_there_counts_as_the_server_counts_it(tmp_path: Path, base: BaseInfo) -> None:
+    bad = make_adapter(tmp_path / "bad", base, config={"rank_pattern": {"no_such_module": 17}})
+    assert reason_of(bad, base) == "rank_too_high"
+
+
+def test_the_dot_of_a_pattern_is_any_character_as_for_the_server(tmp_path: Path, base: BaseInfo) -> None:
+    bad = make_adapter(tmp_path / "bad", base, config={"alpha_pattern": {"q.proj": 1e30}})
+    assert reason_of(bad, base) == "out_of_range"
+
+
 def write_config(content: str | bytes) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         path = directory / "adapter_config.json"
@@ -275,10 +320,14 @@ FILES: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: (d / "manifest.json").touch(), "foreign_file"),  # the store's own name
     (lambda d: (d / "adapter_model.safetensors").unlink(), "empty"),  # no weights
     (lambda d: (d / "adapter_config.json").unlink(), "unreadable"),  # no configuration
-    (truncate, "unreadable"),  # a copy that was cut off
+    (truncate, "truncated"),  # a copy that was cut off
     (write_config("{"), "unreadable"),  # no JSON
     (write_config(b"\xff\xff"), "unreadable"),  # no text
     (write_config("[1]"), "unreadable"),  # no object
+    (write_config(json.dumps(peft_config()).encode("utf-16")), "unreadable"),  # JSON, and not to the server
+    (write_config(""), "empty"),  # a file of no bytes
+    (lambda d: os.truncate(d / "adapter_model.safetensors", 0), "empty"),  # the same of weights
+    (lambda d: (d / "scion.json").touch(), "empty"),  # the same of ours
     (write_config(json.dumps({**peft_config(), "lora_alpha": float("nan")})), "unreadable"),  # Python's JSON allows NaN
     (write_config('{"r": ' + "9" * 5000 + "}"), "unreadable"),  # a number that takes forever
     (write_config(json.dumps({"peft_type": "LORA", "x": "y" * (1 << 20)})), "unreadable"),  # a configuration of 1 MiB
@@ -318,3 +367,9 @@ def test_weights_of_zero_are_allowed(tmp_path: Path, base: BaseInfo) -> None:
             array[:] = 0
 
     check_adapter(make_adapter(tmp_path / "good", base, edit=clear), base, LIMITS)
+
+
+def test_the_guide_explains_every_reason() -> None:
+    guide = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
+    reasons = {fault.reason for fault in FAULTS} | {reason for _, reason in BAD_NAMES}
+    assert {reason for reason in reasons if f"`{reason}`" not in guide} == set()

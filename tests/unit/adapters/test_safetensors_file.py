@@ -29,8 +29,8 @@ def entry(**changes: object) -> dict[str, dict[str, object]]:
 DAMAGED = [
     (GOOD, bytes(8), 10**12, "claims a header of 1000000000000"),  # would allocate a terabyte
     (GOOD, bytes(8), 2**64 - 1, "claims a header"),  # the largest claim there is
-    (GOOD, bytes(7), None, "truncated or padded"),  # the last byte is missing
-    (GOOD, bytes(9), None, "truncated or padded"),  # one byte too many, which nobody would check
+    (GOOD, bytes(7), None, "truncated"),  # the last byte is missing
+    (GOOD, bytes(9), None, "something is behind it"),  # one byte too many, which nobody would check
     (b"{", bytes(8), None, "not valid JSON"),  # cut inside the header
     (b"\xff\xfe", bytes(8), None, "not valid JSON"),  # no text at all
     (b"[" * 100_000, bytes(8), None, "not valid JSON"),  # nested beyond the parser's stack
@@ -45,6 +45,8 @@ DAMAGED = [
     (entry(data_offsets=[8, 0]), bytes(8), None, "takes 8 bytes"),  # end before beginning
     (entry(data_offsets=[8, 16]), bytes(16), None, "expected"),  # a hole where anything could hide
     (entry(data_offsets=[0, 8, 16]), bytes(8), None, "non-negative"),  # three offsets
+    (entry(shape=[2**63]), bytes(8), None, "non-negative"),  # larger than any file
+    (entry(shape=[1] * 17), bytes(8), None, "short lists"),  # more dimensions than any tensor has
     (entry(extra=1), bytes(8), None, "exactly dtype, shape and data_offsets"),  # an unknown field
     (dict.fromkeys("ab", GOOD["a"]), bytes(8), None, "expected"),  # two tensors over the same bytes
 ]

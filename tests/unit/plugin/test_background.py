@@ -205,7 +205,7 @@ async def test_one_of_two_servers_looks_after_rollouts_and_the_other_takes_over(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks: list[float] = []
-    monkeypatch.setattr(controller, "tick", lambda *_, heartbeat_ttl_s: ticks.append(heartbeat_ttl_s))
+    monkeypatch.setattr(controller, "tick", lambda *_, heartbeat_ttl_s, **__: ticks.append(heartbeat_ttl_s))
     add_version(database, 1, 11)
     add_version(database, 2, 12)
     set_champion(database, 1)
@@ -274,8 +274,7 @@ async def test_a_process_that_died_with_a_version_loaded_blocks_no_slot_for_ever
     add_version(database, 1, 11)
     set_champion(database, 1)
     async with running(database, engine="host:1", is_engine_shared=True) as background:
-        dead = replace(background.replica(), id="dead", heartbeat_at=now() - 0.1)
-        ReplicaLedger(database).report(dead)
+        ReplicaLedger(database).report(replace(background.replica(), id="dead"))
         set_champion(database, 0)
         await until(lambda: background.loader.leaving.keys() == {11})
         await until(lambda: background.loader.is_settled)  # its last heartbeat is too long ago now

@@ -123,7 +123,7 @@ def test_an_open_server_is_warned_about(
     host: str, arguments: tuple[str, ...], warns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert (warn_about_binding(host, arguments) is not None) == warns
+    assert (warn_about_binding(host, arguments, False) is not None) == warns
 
 
 def test_the_command_prints_without_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,11 +41,15 @@ def test_weights_need_both_kinds() -> None:
         balanced_weights(10, 0)
 
 
-def test_examples_are_the_rated_answers() -> None:
-    found = KtoRecipe().examples(
-        [snapshot_row(liked=True), snapshot_row(liked=False), snapshot_row(liked=None, correction="better")]
-    )
-    assert [(e.completion, e.label) for e in found] == [("hello", True), ("hello", False)]
+def test_examples_are_the_rated_answers_and_what_users_wrote_in_their_place() -> None:
+    rows = [
+        snapshot_row(liked=True),
+        snapshot_row(liked=False),
+        snapshot_row(liked=None, correction="better"),
+        snapshot_row(liked=False, correction="best"),
+    ]
+    expected = [("hello", True), ("hello", False), ("better", True), ("hello", False), ("best", True)]
+    assert [(e.completion, e.label) for e in KtoRecipe().examples(rows)] == expected
 
 
 def test_every_batch_gets_its_share_of_likes() -> None:

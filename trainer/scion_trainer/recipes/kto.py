@@ -1,4 +1,4 @@
-"""KTO: learns from single thumbs, up or down, with the parent version as the reference.
+"""KTO: learns from single thumbs, up or down, and from corrections, with the parent version as the reference.
 
 Source: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", 2024, arXiv 2402.01306.
 """
@@ -24,8 +24,14 @@ class KtoRecipe:
     name = "kto"
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
-        """Rated answers, liked or not."""
-        return [Example(tuple(row.messages), row.answer, row.liked) for row in rows if row.liked is not None]
+        """Rated answers, liked or not, and what users wrote in their place, as liked."""
+        found = []
+        for row in rows:
+            if row.liked is not None:
+                found.append(Example(tuple(row.messages), row.answer, row.liked))
+            if row.correction:
+                found.append(Example(tuple(row.messages), row.correction, True))
+        return found
 
     def check(self, examples: list[Example], config: RunConfig) -> None:
         liked = sum(bool(example.label) for example in examples)
@@ -50,10 +56,11 @@ class KtoRecipe:
 
     def train(self, context: RunContext) -> dict[str, Any]:
         from datasets import Dataset
-        from trl import KTOConfig, KTOTrainer
+        from trl import KTOConfig
 
         from scion_trainer.lora import keep_full_precision
         from scion_trainer.recipes.fit import fit, training_arguments
+        from scion_trainer.recipes.kto_trainer import LikelihoodKtoTrainer
 
         config = context.config
         examples = spread(context.examples, config.seed)
@@ -69,12 +76,13 @@ class KtoRecipe:
             # The reference never changes, so its log-probs are taken once instead of in every epoch.
             precompute_ref_log_probs=True,
         )
-        trainer = KTOTrainer(
+        trainer = LikelihoodKtoTrainer(
             model=context.model,
             args=arguments,
             train_dataset=Dataset.from_list([example.to_row() for example in examples]),
             processing_class=context.tokenizer,
         )
+        trainer.likelihood_weight = config.likelihood_weight
         # TRL made the reference as a second adapter, a copy of the parent; its log-probs are taken, so it can go.
         trainer.model.delete_adapter("ref")
         keep_full_precision(trainer.model)

@@ -22,7 +22,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
     )
     op.add_column("versions", sa.Column("files_removed_at", sa.Float(), nullable=True))
-    op.drop_table("replicas")  # rows live for seconds: servers write theirs again
+    op.drop_table("leases")  # of rows that live for seconds: their holders write theirs again
+    op.create_table(
+        "leases",
+        sa.Column("name", sa.String(length=96), nullable=False),
+        sa.Column("holder", sa.String(length=128), nullable=False),
+        sa.Column("renewed_at", sa.Float(), nullable=False),
+        sa.Column("expires_at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_leases")),
+    )
+    op.drop_table("replicas")  # likewise
     op.create_table(
         "replicas",
         sa.Column("id", sa.String(length=128), nullable=False),

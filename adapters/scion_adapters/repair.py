@@ -1,0 +1,108 @@
+"""What killed processes leave behind: found as findings, each with the step that mends it (`scion doctor --repair`).
+
+Nothing here touches what is in use: leftovers must be older than a grace period, or belong to nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import sqlalchemy as sa
+
+from scion_adapters import tables
+from scion_adapters.artifacts import ArtifactStore
+from scion_adapters.database import Database, server_time
+from scion_adapters.files import remove_tree
+from scion_adapters.gc import GRACE_S, SILENT_S
+from scion_adapters.records import Version, VersionState
+from scion_adapters.registry import Registry
+from scion_adapters.retirement import quarantine, reinstate
+from scion_adapters.versions import to_version
+
+ACTOR = "doctor"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something left over. `mend` removes it, and may be called when it is gone already."""
+
+    what: str
+    remedy: str
+    mend: Callable[[], object]
+
+
+def find_leftovers(registry: Registry, *, grace_s: float = GRACE_S, silent_s: float = SILENT_S) -> list[Finding]:
+    """Everything that a killed process may have left, and every version whose files are not what its row says."""
+    database, store = registry.database, registry.store
+    with database.read() as connection:
+        versions = [to_version(row) for row in connection.execute(sa.select(tables.versions)).mappings()]
+    findings = [*_temporaries(store, grace_s), *_dead_servers(database, silent_s)]
+    if not store.is_remote:  # of a remote store only a cache is here
+        findings += [*_strays(store, versions, grace_s), *_removed(store, versions), *_lost(registry, versions)]
+    return findings
+
+
+def _temporaries(store: ArtifactStore, grace_s: float) -> Iterator[Finding]:
+    """Half-made copies of publishes, fetches and deletions."""
+    directory = store.root / "tmp"
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if time.time() - entry.lstat().st_mtime > grace_s:
+            yield Finding(f"{entry} was left by a process that was killed", "delete it", partial(remove_tree, entry))
+
+
+def _strays(store: ArtifactStore, versions: list[Version], grace_s: float) -> Iterator[Finding]:
+    """Published files whose version never got its row."""
+    stray = store.stored() - {version.digest for version in versions}
+    for digest in sorted(stray - store.younger_than(stray, grace_s)):
+        yield Finding(f"artifact {digest} belongs to no version", "delete it", partial(store.remove, digest))
+
+
+def _removed(store: ArtifactStore, versions: list[Version]) -> Iterator[Finding]:
+    """Files that gc had given up when it was killed."""
+    given_up = {version.digest for version in versions if version.files_removed_at is not None}
+    kept = {version.digest for version in versions if version.files_removed_at is None}
+    for digest in sorted((given_up - kept) & store.stored()):
+        yield Finding(f"artifact {digest} was to be removed", "delete it", partial(store.remove, digest))
+
+
+def _lost(registry: Registry, versions: list[Version]) -> Iterator[Finding]:
+    """Versions in service without files, and quarantined ones whose files are back."""
+    database, store = registry.database, registry.store
+    for version in versions:
+        ref, has_files = version.ref, store.has(version.digest)
+        if version.state in (VersionState.CANDIDATE, VersionState.ACCEPTED) and not has_files:
+            reason = f"its files are missing or incomplete in {store.root}"
+            yield Finding(
+                f"{ref}: {reason}",
+                "take it out of service",
+                partial(quarantine, database, ref, actor=ACTOR, reason=reason),
+            )
+        elif version.state is VersionState.QUARANTINED and has_files:
+            yield Finding(
+                f"{ref} is quarantined and its files are back",
+                "verify and reinstate it",
+                partial(_back, registry, version),
+            )
+
+
+def _back(registry: Registry, version: Version) -> None:
+    registry.store.verify(version.digest)
+    reinstate(registry.database, version.ref, actor=ACTOR, reason="its files are back")
+
+
+def _dead_servers(database: Database, silent_s: float) -> Iterator[Finding]:
+    """Ledger rows of servers that ended without saying so."""
+    columns = tables.replicas.c
+    with database.read() as connection:
+        dead = columns.heartbeat_at < server_time(connection) - silent_s
+        names = list(connection.execute(sa.select(columns.id).where(dead).order_by(columns.id)).scalars())
+
+    def forget(name: str) -> None:
+        with database.write() as connection:
+            connection.execute(sa.delete(tables.replicas).where(columns.id == name, dead))
+
+    for name in names:
+        yield Finding(f"server {name} died without leaving the ledger", "forget it", partial(forget, name))

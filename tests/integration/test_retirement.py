@@ -1,0 +1,244 @@
+"""Out of service: retired, quarantined, reinstated, collected and repaired, on both databases and a real store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from scion_adapters import tables
+from scion_adapters.artifacts import ArtifactStore
+from scion_adapters.database import Database
+from scion_adapters.errors import ConflictError, NotFoundError
+from scion_adapters.fingerprint import read_base
+from scion_adapters.gc import collect
+from scion_adapters.records import CHAMPION, PREVIOUS, Replica, RolloutState, Version, VersionState
+from scion_adapters.registry import Registry
+from scion_adapters.repair import find_leftovers
+from scion_adapters.replicas import ReplicaLedger
+from scion_adapters.retirement import quarantine, reinstate, retire
+from scion_adapters.rollouts import Rollouts
+from tests.helpers.adapters import LIMITS, make_base
+from tests.helpers.registry_world import RegistryWorld
+
+REPLICA = Replica("server-1", "host", 1, "http://x", 0.0, 0.0, 4, 8, 16, frozenset(), {}, {}, 1, "sha256:base")
+
+
+@pytest.fixture
+def world(database: Database, tmp_path: Path) -> RegistryWorld:
+    registry = Registry(database, ArtifactStore(tmp_path / "store"), clock=lambda: 100.0)
+    registry.ensure_adapter("chat")
+    return RegistryWorld(registry, read_base(make_base(tmp_path / "base")), tmp_path)
+
+
+def state(world: RegistryWorld, version: Version) -> VersionState:
+    return world.registry.version(version.ref).state
+
+
+def remove_files(world: RegistryWorld, version: Version) -> None:
+    """What gc does, without waiting for anything."""
+    fates = collect(world.registry, rollback_window_s=0.0, grace_s=0.0)
+    assert [fate.version.number for fate in fates if fate.kept_for is None] == [version.number]
+
+
+# --- retire ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_retired_version_is_out_of_service_for_good(world: RegistryWorld) -> None:
+    version = world.accepted()
+    revision = world.revision()
+    assert retire(world.registry.database, version.ref, actor="me", reason="old").state is VersionState.RETIRED
+    assert world.kinds()[-1] == "version.retired"
+    assert world.revision() > revision  # servers hear of it
+    again = world.kinds()
+    retire(world.registry.database, version.ref, actor="me")
+    assert world.kinds() == again
+    with pytest.raises(ConflictError, match="retired"):
+        world.registry.set_alias("chat", "good", 1, actor="me")
+    with pytest.raises(ConflictError):
+        Rollouts(world.registry.database).start(version.ref, steps=[1.0], actor="me")
+
+
+def test_a_version_that_something_points_at_is_not_retired(world: RegistryWorld) -> None:
+    database = world.registry.database
+    serving, challenger, pinned = (world.accepted() for _ in range(3))
+    world.set_traffic(CHAMPION, serving.number)
+    world.registry.set_alias("chat", "pinned", pinned.number, actor="me")
+    Rollouts(database).start(challenger.ref, steps=[1.0], actor="me")
+    for version, why in ((serving, "rollout"), (challenger, "rollout"), (pinned, "chat@pinned")):
+        with pytest.raises(ConflictError, match=why):
+            retire(database, version.ref, actor="me")
+        assert state(world, version) is VersionState.ACCEPTED
+
+
+# --- quarantine -------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_champion_hands_its_users_to_the_previous_one(world: RegistryWorld) -> None:
+    first, second = world.accepted(), world.accepted()
+    world.set_traffic(PREVIOUS, first.number)
+    world.set_traffic(CHAMPION, second.number)
+    world.registry.set_alias("chat", "good", second.number, actor="me")
+    quarantine(world.registry.database, second.ref, actor="server-1", reason="gone")
+    assert world.registry.aliases("chat") == {CHAMPION: first.number}
+    assert state(world, second) is VersionState.QUARANTINED
+    assert world.kinds()[-1] == "version.quarantined"
+
+
+def test_a_lost_champion_without_a_previous_one_leaves_the_base(world: RegistryWorld) -> None:
+    only = world.accepted()
+    world.set_traffic(CHAMPION, only.number)
+    quarantine(world.registry.database, only.ref, actor="server-1", reason="gone")
+    assert world.registry.aliases("chat") == {CHAMPION: 0}
+
+
+def test_a_lost_challenger_ends_its_rollout(world: RegistryWorld) -> None:
+    rollouts = Rollouts(world.registry.database)
+    serving, challenger = world.accepted(), world.accepted()
+    world.set_traffic(CHAMPION, serving.number)
+    rollout = rollouts.start(challenger.ref, steps=[1.0], actor="me")
+    quarantine(world.registry.database, challenger.ref, actor="server-1", reason="gone")
+    ended = rollouts.get(rollout.id)
+    assert ended.state is RolloutState.ABORTED
+    assert "gone" in ended.message
+    assert world.registry.aliases("chat") == {CHAMPION: serving.number}
+
+
+def test_quarantine_says_it_once_and_leaves_what_is_out_of_service(world: RegistryWorld) -> None:
+    version, retired = world.accepted(), world.accepted()
+    retire(world.registry.database, retired.ref, actor="me")
+    for lost in (version, version, retired):
+        quarantine(world.registry.database, lost.ref, actor="server-1", reason="gone")
+    assert world.kinds().count("version.quarantined") == 1
+    assert state(world, retired) is VersionState.RETIRED
+
+
+@pytest.mark.parametrize("was", [VersionState.CANDIDATE, VersionState.ACCEPTED])
+def test_a_reinstated_version_is_what_it_was(world: RegistryWorld, was: VersionState) -> None:
+    version = world.accepted() if was is VersionState.ACCEPTED else world.publish()
+    quarantine(world.registry.database, version.ref, actor="server-1", reason="gone")
+    reinstate(world.registry.database, version.ref, actor="me", reason="back")
+    assert state(world, version) is was
+
+
+# --- gc ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_retired_version_go_and_its_row_stays(world: RegistryWorld) -> None:
+    version, kept = world.accepted(), world.accepted()
+    retire(world.registry.database, version.ref, actor="me")
+    assert collect(world.registry, rollback_window_s=0.0, grace_s=0.0, dry_run=True)[0].kept_for is None
+    assert world.registry.store.has(version.digest)  # a dry run deletes nothing
+    remove_files(world, version)
+    assert not world.registry.store.has(version.digest)
+    assert world.registry.store.has(kept.digest)
+    assert world.registry.version(version.ref).files_removed_at is not None
+    assert world.kinds()[-1] == "version.files_removed"
+    assert [f.version.number for f in collect(world.registry, rollback_window_s=0.0, grace_s=0.0)] == [kept.number]
+    with pytest.raises(NotFoundError):
+        world.registry.store.path(version.digest)
+
+
+def test_a_version_that_a_server_holds_keeps_its_files_until_it_does_not(world: RegistryWorld) -> None:
+    version = world.accepted()
+    ledger = ReplicaLedger(world.registry.database)
+    ledger.report(replace(REPLICA, loaded=frozenset({version.lora_id})))
+    retire(world.registry.database, version.ref, actor="me")
+    (fate,) = collect(world.registry, rollback_window_s=0.0, grace_s=0.0)
+    assert fate.kept_for == "server-1 holds it"
+    ledger.report(REPLICA)
+    remove_files(world, version)
+
+
+def test_a_champion_of_today_keeps_its_files_for_the_rollback_window(world: RegistryWorld) -> None:
+    first, second = world.accepted(), world.accepted()
+    world.set_traffic(CHAMPION, first.number)
+    world.set_traffic(CHAMPION, second.number)  # at 5.0 by its clock
+    retire(world.registry.database, first.ref, actor="me")
+    fate = collect(world.registry, rollback_window_s=86_400.0, grace_s=0.0, clock=lambda: 1000.0)[0]
+    assert fate.kept_for == "it was champion within the rollback window"
+    assert collect(world.registry, rollback_window_s=86_400.0, grace_s=0.0, clock=lambda: 90_000.0)[0].kept_for is None
+
+
+def test_bytes_that_come_back_get_a_new_version_with_files(world: RegistryWorld) -> None:
+    directory = world.adapter_directory()
+
+    def publish() -> Version:
+        return world.registry.publish("chat", directory, parent=0, base=world.base, limits=LIMITS, actor="me")
+
+    first = publish()
+    world.registry.reject(first.ref, actor="gates", reason="bad")
+    remove_files(world, first)
+    second = publish()
+    assert second.digest == first.digest
+    assert world.registry.store.has(second.digest)
+    assert world.registry.version(first.ref).files_removed_at is not None
+
+
+def test_files_that_were_just_published_again_are_not_collected(world: RegistryWorld) -> None:
+    version = world.accepted()
+    retire(world.registry.database, version.ref, actor="me")
+    directory = world.registry.store.path(version.digest)
+    os.utime(directory, (1.0, 1.0))
+    world.registry.store.add(_copy(directory))  # a publish whose row is still to come
+    (fate,) = collect(world.registry, rollback_window_s=0.0)
+    assert fate.kept_for == "it was published just now"
+
+
+# --- repair -----------------------------------------------------------------------------------------------------------
+
+
+def test_leftovers_of_every_kind_are_found_and_mended_once(world: RegistryWorld) -> None:
+    registry, store = world.registry, world.registry.store
+    lost, back, removed = (world.accepted() for _ in range(3))
+    shutil.rmtree(store.path(lost.digest))
+    quarantine(registry.database, back.ref, actor="server-1", reason="gone")
+    retire(registry.database, removed.ref, actor="me")
+    with registry.database.write() as connection:
+        this = tables.versions.c.number == removed.number
+        connection.execute(sa.update(tables.versions).where(this).values(files_removed_at=1.0))
+    stray = store.add(world.adapter_directory())
+    (store.root / "tmp" / "left").mkdir()
+    ReplicaLedger(registry.database, clock=lambda: 1.0).report(REPLICA)
+
+    found = find_leftovers(registry, grace_s=0.0)
+    text = "\n".join(finding.what for finding in found)
+    for part in ("tmp/left", stray.digest, removed.digest, str(lost.ref), str(back.ref), "server-1"):
+        assert part in text
+    for finding in found:
+        finding.mend()
+    assert find_leftovers(registry, grace_s=0.0) == []
+    assert state(world, lost) is VersionState.QUARANTINED
+    assert state(world, back) is VersionState.ACCEPTED
+    assert store.stored() == {back.digest}
+    assert ReplicaLedger(registry.database, clock=lambda: 1.0).live(10.0) == []
+
+
+def test_what_is_young_is_no_leftover(world: RegistryWorld) -> None:
+    world.registry.store.add(world.adapter_directory())
+    (world.registry.store.root / "tmp" / "busy").mkdir()
+    ReplicaLedger(world.registry.database).report(REPLICA)
+    assert find_leftovers(world.registry) == []
+
+
+def test_a_quarantined_version_with_altered_files_is_not_reinstated(world: RegistryWorld) -> None:
+    version = world.accepted()
+    weights = world.registry.store.path(version.digest) / "adapter_model.safetensors"
+    quarantine(world.registry.database, version.ref, actor="server-1", reason="gone")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (finding,) = find_leftovers(world.registry)
+    with pytest.raises(Exception, match="changed after publishing"):
+        finding.mend()
+    assert state(world, version) is VersionState.QUARANTINED
+
+
+def _copy(directory: Path) -> Path:
+    copy = directory.parent.parent / "copy"
+    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("manifest.json"))
+    return copy
