@@ -336,7 +336,8 @@ class TestOperation:
     async def test_an_engine_that_does_not_fit_is_refused(
         self, tmp_path: Path, options: dict[str, Any], adapters: tuple[str, ...], message: str
     ) -> None:
-        world = PluginWorld(tmp_path, adapters=adapters)
+        config = {"base": {"model": str(tmp_path / "base"), "served_name": "main"}}  # the engine calls it "base"
+        world = PluginWorld(tmp_path, adapters=adapters, config=config)
         with pytest.raises(InvalidInputError, match=message):
             async with VllmApp([world.plugin()], **options).running():
                 pass
@@ -381,6 +382,7 @@ class TestOperation:
 
 def test_every_route_of_ours_is_documented(world: PluginWorld) -> None:
     guide = (REPOSITORY / "docs" / "guide.md").read_text()
+
     def routes(app: Any) -> set[tuple[str, str]]:
         return {(r.path_format, m) for r in app.routes if isinstance(r, APIRoute) for m in r.methods}
 
