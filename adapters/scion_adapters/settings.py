@@ -64,7 +64,9 @@ class ServerSection(Section):
     max_loras: int = Field(
         4, ge=1, description="Distinct adapters in one batch (champion, challenger, draining, candidate)."
     )
-    max_cpu_loras: int = Field(8, ge=1, description="Adapters held in memory: at least max_loras.")
+    max_cpu_loras: int = Field(
+        12, ge=1, description="Adapters held in memory: at least max_loras, one for a candidate and one that drains."
+    )
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(16, description="Highest rank that is served.")
     target_modules: tuple[str, ...] = Field(LORA_TARGETS, description="The modules adapters may change.")
     max_model_len: int | None = Field(

@@ -14,6 +14,8 @@ from scion_adapters.routing import Routing
 
 RESERVED_FOR_CANDIDATE = 1
 """The next candidate must be loadable for its gates while a rollout runs."""
+RESERVED_FOR_DRAINING = 1
+"""A version that is being left keeps its place until its last request has ended."""
 
 
 def check_slots(routing: Routing, challenger: VersionRef, lora_id: int, live: Sequence[Replica]) -> None:
@@ -25,12 +27,13 @@ def check_slots(routing: Routing, challenger: VersionRef, lora_id: int, live: Se
         return
     loaded = routing.wanted | {lora_id}
     evaluated = [v for line in routing.adapters.values() for v in line.versions.values() if _is_candidate(v.state)]
-    reserved = 0 if evaluated else RESERVED_FOR_CANDIDATE
+    reserved = RESERVED_FOR_DRAINING + (0 if evaluated else RESERVED_FOR_CANDIDATE)
     smallest = min(live, key=lambda replica: replica.max_cpu_loras)
     if len(loaded) + reserved > smallest.max_cpu_loras:
         raise ConflictError(
             f"{challenger} does not fit: servers would hold {len(loaded)} versions ({_names(routing, challenger)}) and "
-            f"keep {reserved} place for a candidate, {len(loaded) + reserved} in all, but {smallest.id} has "
+            f"keep {reserved} free for a version that drains and a candidate, {len(loaded) + reserved} in all, but "
+            f"{smallest.id} has "
             f"{smallest.max_cpu_loras} (server.max_cpu_loras): raise it and restart, or remove an alias"
         )
     lines = routing.adapters.values()

@@ -36,12 +36,13 @@ class AdapterStatus:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """`loaded` and `failed` name versions, not LoRA ids."""
+    """`loaded` and `failed` name versions, not LoRA ids; `slots` is how many versions fit (max_cpu_loras)."""
 
     id: str
     url: str
     heartbeat_age_s: float
     loaded: list[str]
+    slots: int
     failed: dict[str, str]
     in_flight: int
     behind: bool
@@ -115,6 +116,7 @@ def _replicas(connection: sa.Connection, revision: int, now_s: float, ttl_s: flo
             url=replica.url,
             heartbeat_age_s=round(now_s - replica.heartbeat_at, 1),
             loaded=[names.get(lora_id, f"LoRA id {lora_id}") for lora_id in sorted(replica.loaded)],
+            slots=replica.max_cpu_loras,
             failed={names.get(lora_id, f"LoRA id {lora_id}"): why for lora_id, why in sorted(replica.failed.items())},
             in_flight=sum(replica.in_flight.values()),
             behind=replica.routing_revision < revision,

@@ -88,12 +88,13 @@ def _print_status(present: Status, now_s: float) -> None:
         title="Adapters",
     )
     print_table(
-        ("server", "url", "heartbeat", "loaded", "in flight", "trouble"),
+        ("server", "url", "heartbeat", "slots", "loaded", "in flight", "trouble"),
         [
             (
                 item.id,
                 item.url,
                 f"{format_age(item.heartbeat_age_s)} ago",
+                f"{len(item.loaded)} of {item.slots}",
                 ", ".join(item.loaded) or None,
                 item.in_flight,
                 "; ".join(f"{version}: {why}" for version, why in item.failed.items())

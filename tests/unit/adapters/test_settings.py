@@ -30,7 +30,7 @@ def test_the_file_the_environment_and_overrides(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("SCION_SERVER__MAX_LORAS", "3")
     settings = load_settings(file, overrides={"server": {"max_loras": 5}})
     assert (settings.server.host, settings.server.port, settings.server.max_loras) == ("file", 2, 5)
-    assert settings.server.max_cpu_loras == 8  # the default
+    assert settings.server.max_cpu_loras == 12  # the default
 
 
 def test_the_environment_reaches_nested_sections_and_names_the_file(

@@ -32,21 +32,21 @@ def routing(*, candidate: bool = False) -> Routing:
     return Routing(1, {one.adapter: one for one in lines})
 
 
-# chat:7, chat:6, chat@pinned=4, code:2, code@pinned=4 and the challenger: 6, plus one place for a candidate.
-def test_seven_places_are_enough() -> None:
-    check_slots(routing(), CHALLENGER, 108, [make_replica(max_cpu_loras=7)])
+# chat:7, chat:6, chat@pinned=4, code:2, code@pinned=4 and the challenger: 6, and a candidate, and one that drains.
+def test_eight_places_are_enough() -> None:
+    check_slots(routing(), CHALLENGER, 108, [make_replica(max_cpu_loras=8)])
 
 
-def test_six_are_not() -> None:
+def test_seven_are_not() -> None:
     with pytest.raises(
-        ConflictError, match=r"chat:8 does not fit.* 6 versions .*7 in all, but small:1 has 6"
+        ConflictError, match=r"chat:8 does not fit.* 6 versions .*8 in all, but small:1 has 7"
     ) as caught:
-        check_slots(routing(), CHALLENGER, 108, [make_replica("big:1"), make_replica("small:1", max_cpu_loras=6)])
+        check_slots(routing(), CHALLENGER, 108, [make_replica("big:1"), make_replica("small:1", max_cpu_loras=7)])
     assert "chat:4, chat:6, chat:7, chat:8, code:2, code:4" in str(caught.value)
 
 
 def test_a_candidate_under_evaluation_takes_the_reserved_place() -> None:
-    check_slots(routing(candidate=True), CHALLENGER, 108, [make_replica(max_cpu_loras=7)])
+    check_slots(routing(candidate=True), CHALLENGER, 108, [make_replica(max_cpu_loras=8)])
 
 
 def test_a_batch_must_take_all_that_serve() -> None:

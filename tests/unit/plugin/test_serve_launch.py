@@ -46,7 +46,7 @@ def test_a_local_nf4_base_on_cpu(tmp_path: Path) -> None:
     assert value_of(arguments, "--model") == str(tmp_path / "base")
     assert value_of(arguments, "--served-model-name") == "base"
     assert value_of(arguments, "--quantization") == "bitsandbytes"
-    assert value_of(arguments, "--max-cpu-loras") == "8"
+    assert value_of(arguments, "--max-cpu-loras") == "12"
     assert value_of(arguments, "--max-model-len") == "512"
     assert value_of(arguments, "--gpu-memory-utilization") == "0.3"
     targets = arguments[arguments.index("--lora-target-modules") + 1 :][:7]
