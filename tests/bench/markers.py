@@ -30,7 +30,9 @@ QUESTIONS = (
     "And then?",
 )
 REPEATS = 12
+MOST_TOKENS = 32
 NUM_STEPS = 60
+MAX_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +44,28 @@ class Marker:
 
 
 def make_markers(settings: Settings, home: Path, words: Sequence[str] = WORDS) -> list[Marker]:
-    """Train one adapter for each word below `home`. Takes some seconds each on one core."""
-    return [Marker(word, _train(settings, home / word, word)) for word in words]
+    """Train one adapter for each word below `home`. Takes some seconds each on one core.
+
+    Raises RuntimeError when a word cannot be learned well enough to mark anything: take another one.
+    """
+    return [Marker(word, _make(settings, home / word, word)) for word in words]
 
 
-def _train(settings: Settings, directory: Path, word: str) -> Path:
+def _make(settings: Settings, directory: Path, word: str) -> Path:
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        exported, text = _train(settings, directory / f"{attempt}", word, attempt * NUM_STEPS)
+        if set(text.split()[:-1]) == {word}:
+            return exported.rename(directory / "export")
+    raise RuntimeError(f"an adapter that should say {word!r} alone says {text!r}: choose another word")
+
+
+def _train(settings: Settings, directory: Path, word: str, num_steps: int) -> tuple[Path, str]:
+    """The adapter, and what it answers to the first question."""
     base = load_base(settings)
     answer = " ".join([word] * REPEATS)
     examples = tuple(Example(({"role": "user", "content": question},), answer, True) for question in QUESTIONS)
     config = replace(
-        run_config(settings, "sft"), learning_rate=4e-3, epochs=float(NUM_STEPS), batch_size=len(QUESTIONS), seed=0
+        run_config(settings, "sft"), learning_rate=4e-3, epochs=float(num_steps), batch_size=len(QUESTIONS), seed=0
     )
     model, _ = start_adapter(base, config, None)
     directory.mkdir(parents=True)
@@ -59,7 +73,13 @@ def _train(settings: Settings, directory: Path, word: str) -> Path:
         RECIPES["sft"].train(
             RunContext(config, model, base.tokenizer, examples, directory, None, False, progress, lambda: False)
         )
-    return export_adapter(model, directory / "export", base_model="base", lineage={})
+    prompt = [{"role": "user", "content": QUESTIONS[0]}]
+    tokens = base.tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    said = model.eval().generate(**tokens, do_sample=False, max_new_tokens=MOST_TOKENS)[0]
+    text = base.tokenizer.decode(said[tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    return export_adapter(model, directory / "export", base_model="base", lineage={}), text
 
 
 def main() -> None:

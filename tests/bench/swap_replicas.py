@@ -18,7 +18,7 @@ from tests.bench.markers import Marker
 from tests.bench.storm_clients import Clients
 from tests.bench.swap_world import Operator
 from tests.helpers.postgres import postgres_cluster
-from tests.helpers.serving import Server
+from tests.helpers.serving import Server, halves
 
 NUM_CLIENTS = 8
 
@@ -56,7 +56,10 @@ def measure_replicas(home: Path, templates: list[Marker], num_trials: int) -> La
             "store": {"url": str(home / "artifacts")},
             "privacy": {"hash_key": "k" * 32},
         }
-        servers = [Server.make(home / name, threads=1, config=config) for name in ("one", "two")]
+        servers = [
+            Server.make(home / name, threads=1, config=config, cores=cores)
+            for name, cores in zip(("one", "two"), halves(), strict=True)
+        ]
         operator = Operator(load_settings(servers[0].home / "scion.toml"), templates, home / "publish")
         stack.callback(operator.registry.database.dispose)
         operator.serve_first()

@@ -1,7 +1,8 @@
 """The same traffic on stock vLLM, with runtime LoRA updating on and its own load and unload endpoints doing the swaps.
 
 Two ways in which its documentation lets one serve a new version under a fixed name: `load_inplace` under the same name,
-and unloading the name, then loading it from another path. Files of versions that nobody serves are deleted, as in ours.
+and unloading the name, then loading it from another path. Each once with all files kept, and once with those of
+versions that nobody is served any more deleted, as `gc` does in ours.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.helpers.serving import Server as Configured
 from vllm_scion.serve import available_cores, is_cpu_build, plan_launch
 
 NUM_CLIENTS = 12
+WAYS = ("stock in place", "stock unload+load", "stock in place, deleting", "stock unload+load, deleting")
 PAUSE_S = 0.15
 """Between two swaps; ours take longer, as a version is published, checked and loaded in each."""
 
@@ -64,8 +66,8 @@ class StockStorm:
 def measure(home: Path, templates: list[Marker], num_swaps: int) -> StockStorm:
     """Each way on a server of its own."""
     ways = []
-    for name in ("stock, load_inplace", "stock, unload and load"):
-        directory = home / name.rpartition(" ")[2]
+    for name in WAYS:
+        directory = home / name.replace(" ", "-")
         configured = Configured.make(directory, threads=1)
         launch = plan_launch(
             load_settings(configured.home / "scion.toml"),
@@ -90,7 +92,7 @@ def measure(home: Path, templates: list[Marker], num_swaps: int) -> StockStorm:
 
 async def _storm(name: str, server: Server, home: Path, templates: list[Marker], num_swaps: int) -> Way:
     clients = Clients([server.url], NUM_CLIENTS)
-    in_place = "inplace" in name
+    in_place, deletes = "in place" in name, "deleting" in name
     loaded_at: list[tuple[float, str]] = []
     async with httpx.AsyncClient(base_url=server.url, timeout=30.0) as http:
         current = await _load(http, home, templates[0], 0, load_inplace=False)
@@ -106,7 +108,8 @@ async def _storm(name: str, server: Server, home: Path, templates: list[Marker],
                 except httpx.HTTPError:
                     break
                 loaded_at.append((time.monotonic(), marker.word))
-                shutil.rmtree(previous)
+                if deletes:
+                    shutil.rmtree(previous)
                 done = number
                 if not server.is_running():
                     break

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.__main__ import main
+from tests.bench.storm import KINDS
 
 
 @pytest.mark.slow
@@ -28,3 +29,15 @@ def test_the_stubbed_part_runs_and_loses_nothing(tmp_path: Path, capsys: pytest.
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(SystemExit):
         main(["overhaed"])
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_small_swap_storm_on_a_real_server_harms_no_answer(tmp_path: Path) -> None:
+    assert main(["swap", "--quick", "--output", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "swap.json").read_text())["figures"]
+    assert figures["num_operations"] >= 40
+    assert figures["answers"] > 100
+    assert figures["pairs_of_a_user"] > 50
+    wrong = {kind: figures[kind] for kind in (*KINDS, "leaked_slots", "engine_deaths")}
+    assert wrong == dict.fromkeys(wrong, 0), figures["examples"]

@@ -25,7 +25,7 @@ from scion_adapters.rollouts import Rollouts
 from tests.helpers.adapters import make_adapter
 from tests.helpers.polling import until
 from tests.helpers.postgres import PostgresMissingError, postgres_cluster
-from tests.helpers.serving import Server, wait_for
+from tests.helpers.serving import Server, halves, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -119,7 +119,10 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 "store": {"url": str(home / "artifacts")},
                 "privacy": {"hash_key": "k" * 32},
             }
-            servers = [make(home / name, config) for name in ("one", "two")]
+            servers = [
+                Server.make(home / name, threads=1, config=config, cores=cores)
+                for name, cores in zip(("one", "two"), halves(), strict=True)
+            ]
             shape = (2, 2)
         elif request.param == "two engines":
             servers, shape = [make(home / "one", {"server": {"data_parallel_size": 2}})], (2, 1)

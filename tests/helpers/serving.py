@@ -40,6 +40,7 @@ class Server:
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
     arguments: Sequence[str] = ()
+    cores: Sequence[int] = ()
     process: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -54,10 +55,12 @@ class Server:
         environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         port: int | None = None,
+        cores: Sequence[int] = (),
     ) -> Server:
         """Write scion.toml into `home`, without starting anything. `config` is merged in, section by section.
 
-        `threads` for vLLM's worker default to all cores but one, which is left to the clients.
+        `threads` for vLLM's worker default to all cores but one, which is left to the clients. `cores`: the only ones
+        that it may use; two servers need cores of their own, or their workers wait for each other at every step.
         """
         home.mkdir(parents=True, exist_ok=True)
         port = port or free_port()
@@ -69,7 +72,7 @@ class Server:
         for name, values in (config or {}).items():
             sections.setdefault(name, {}).update(values)
         (home / "scion.toml").write_text(to_toml(sections, adapters))
-        return cls(home, port, dict(environment or {}), tuple(arguments))
+        return cls(home, port, dict(environment or {}), tuple(arguments), tuple(cores))
 
     @property
     def url(self) -> str:
@@ -104,6 +107,8 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=self.home, env=environment, stdout=log, stderr=log, start_new_session=True
             )
+        if self.cores:
+            os.sched_setaffinity(self.process.pid, self.cores)
         try:
             self._wait_until_healthy(started + START_TIMEOUT_S)
         except BaseException:
@@ -158,6 +163,13 @@ def wait_for(probe: Callable[[], T], *, timeout_s: float = 15.0, interval_s: flo
         if time.monotonic() >= deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {what or probe!r} (last: {value!r})")
         time.sleep(interval_s)
+
+
+def halves() -> tuple[list[int], list[int]]:
+    """The cores of this process in two parts; the same one twice if there is only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    return (cores[:middle], cores[middle:]) if middle else (cores, cores)
 
 
 def free_port() -> int:
