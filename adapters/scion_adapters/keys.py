@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -60,6 +60,11 @@ class KeyRing:
     @property
     def is_open(self) -> bool:
         return not self.keys
+
+    @property
+    def num_valid(self) -> int:
+        """Keys that are not revoked."""
+        return sum(key.revoked_at is None for key in self.keys.values())
 
     def check(self, presented: str) -> ApiKey | None:
         """The key that was presented, or None. Takes the same time whether the id or the secret is wrong."""
@@ -131,11 +136,12 @@ def list_keys(database: Database) -> list[ApiKey]:
 def load_key_ring(database: Database) -> KeyRing:
     """What servers check requests against."""
     with database.read() as connection:
-        return _ring(connection.execute(sa.select(tables.api_keys)).mappings().all())
+        return key_ring_in(connection)
 
 
-def _ring(rows: Iterable[sa.RowMapping]) -> KeyRing:
-    rows = list(rows)
+def key_ring_in(connection: sa.Connection) -> KeyRing:
+    """The ring as the caller's transaction sees it."""
+    rows = connection.execute(sa.select(tables.api_keys)).mappings().all()
     return KeyRing(
         MappingProxyType({row["id"]: _to_key(row) for row in rows}),
         MappingProxyType({row["id"]: str(row["hash"]) for row in rows}),

@@ -13,6 +13,7 @@ from scion_adapters.aliases import EVALUATION_PREFIX, TRAFFIC_ALIASES, load_alia
 from scion_adapters.clock import Clock
 from scion_adapters.database import Database, time_in
 from scion_adapters.events import routing_revision
+from scion_adapters.keys import key_ring_in
 from scion_adapters.records import BASE_NUMBER, CHALLENGER, CHAMPION, PREVIOUS, Rollout, RolloutState
 from scion_adapters.replicas import heartbeat_ttl_s, live_in
 from scion_adapters.settings import Settings
@@ -59,13 +60,19 @@ class Status:
     num_feedback: int
     num_counting_feedback: int
     journal_bytes: int | None
+    is_open: bool
+    num_valid_keys: int
 
 
 def read_status(database: Database, settings: Settings, clock: Clock | None = None) -> Status:
-    """The present state. `journal_bytes` is that of this host, None if there is no journal here."""
+    """The present state. `journal_bytes` is that of this host, None if there is no journal here.
+
+    `is_open`: servers ask for no API key of ours.
+    """
     with database.read() as connection:
         revision = routing_revision(connection)
         rollouts = _active_rollouts(connection)
+        ring = key_ring_in(connection)
         return Status(
             routing_revision=revision,
             adapters=_adapters(connection, {rollout.adapter: rollout for rollout in rollouts}),
@@ -76,6 +83,8 @@ def read_status(database: Database, settings: Settings, clock: Clock | None = No
             num_feedback=_count(connection, sa.select(tables.feedback)),
             num_counting_feedback=_count(connection, sa.select(tables.feedback).where(tables.feedback.c.counts)),
             journal_bytes=_journal_bytes(settings),
+            is_open=ring.is_open,
+            num_valid_keys=ring.num_valid,
         )
 
 

@@ -6,6 +6,7 @@ is open. Knows nothing of what the routes do; refusals are handed on (refusals.p
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from scion_adapters.errors import InvalidInputError
 from scion_adapters.keys import EMPTY_RING, KeyRing, Scope, key_id_of
 from vllm_scion.errors_http import error_response
 
-OPEN = frozenset({"/health", "/ping", "/metrics", "/version"})
-"""What probes and Prometheus ask, without a key, as in vLLM itself."""
+logger = logging.getLogger("vllm_scion")
+
+OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load"})
+"""What probes, load balancers and Prometheus ask, without a key, as in vLLM itself."""
 
 _CHAT = re.compile(
     r"POST /v1/(chat/completions|completions|responses|messages|messages/count_tokens)"
@@ -56,6 +59,20 @@ class Gatekeeper:
 
     ring: KeyRing = EMPTY_RING
     refused: Callable[[Refusal], None] = lambda _: None
+    has_vllm_key: bool = False
+
+    def follow(self, ring: KeyRing) -> None:
+        """Obey `ring` from here on.
+
+        Not behind vLLM's own key: nobody could pass both, so the first key would cut every client off. vLLM's goes on
+        guarding, and the next start is refused (check_access).
+        """
+        try:
+            check_access(ring, self.has_vllm_key)
+        except InvalidInputError as error:
+            logger.error("scion keys are not in force: %s", error)
+        else:
+            self.ring = ring
 
     def judge(self, method: str, path: str, headers: Headers, client: str) -> tuple[Refusal | None, str | None]:
         """(why it is refused, None), or (None, whose key it is) when it may pass."""
@@ -107,7 +124,7 @@ def check_access(ring: KeyRing, vllm_has_key: bool) -> None:
     if vllm_has_key and not ring.is_open:
         raise InvalidInputError(
             "there are scion keys (`scion keys list`), and vLLM has a key of its own (--api-key or VLLM_API_KEY): one "
-            "request cannot carry both; drop vLLM's, scion keys guard every route",
+            "request cannot carry both; drop vLLM's: scion keys guard every route",
             field="api_key",
         )
 

@@ -31,7 +31,7 @@ from scion_adapters.timekeeping import Timekeeper
 from vllm_scion.authority import Gatekeeper
 from vllm_scion.loader import Loader, WantedVersion
 from vllm_scion.metrics import Metrics
-from vllm_scion.refusals import Refusals, write_refusals
+from vllm_scion.refusals import CountedRefusal, Refusals, write_refusals
 
 logger = logging.getLogger("vllm_scion")
 
@@ -113,7 +113,7 @@ class Background:
         # A report that is still being written would bring the row back after its removal: let it end first.
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
         try:
-            await asyncio.to_thread(self._leave)
+            await asyncio.to_thread(self._leave, self.refusals.take_all())
         except ScionError as error:
             logger.warning("could not leave the ledger (it is forgotten after %g s): %s", self.ttl_s, error)
 
@@ -220,10 +220,12 @@ class Background:
 
         return await self._attempt("report", look) is True
 
-    def _leave(self) -> None:
+    def _leave(self, refusals: list[CountedRefusal]) -> None:
         if self._holds_lease:
             release(self.database, CONTROLLER_LEASE, self.identity.id)
         self.ledger.remove(self.identity.id)
+        if refusals:
+            write_refusals(self.database, refusals, actor=self.identity.id)
 
     def _hold_lease(self) -> bool:
         return try_acquire(self.database, CONTROLLER_LEASE, self.identity.id, self.ttl_s)
@@ -233,7 +235,7 @@ class Background:
 
     def _follow(self, routing: Routing, ring: KeyRing) -> None:
         self.loader.follow(routing)
-        self.gatekeeper.ring = ring
+        self.gatekeeper.follow(ring)
 
     def _tick(self) -> None:
         controller.tick(self.database, self.clock, heartbeat_ttl_s=self.ttl_s, timekeeper=self._timekeeper)

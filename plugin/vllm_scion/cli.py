@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
             typer.echo(launcher.as_shell(launch))
             return
         launcher.check_plugin()
-        has_keys = launcher.check_surroundings(settings)
+        has_keys = launcher.check_surroundings(settings, launch.arguments)
         if (warning := launcher.warn_about_binding(settings.server.host, launch.arguments, has_keys)) is not None:
             error_console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
         launcher.become(launch)

@@ -88,7 +88,7 @@ class ScionEndpointPlugin:
             engine=engine_name,
             is_engine_shared=is_engine_shared,
             host=getattr(args, "host", None) or "",
-            has_api_key=bool(getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY")),
+            has_api_key=any(getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]),
         )
         try:
             settings = self._settings or load_settings()

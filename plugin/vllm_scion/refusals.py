@@ -1,10 +1,11 @@
-"""Refused requests as events: counted per reason, client and path, so that a flood writes a line a minute, not a table.
+"""Refused requests as events: counted per reason, client and beginning of the path; a flood writes a line a minute.
 
 Everything here runs on the event loop and keeps a bounded number of counts; writing them is the caller's work.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,15 +17,17 @@ from vllm_scion.authority import Refusal
 
 QUIET_S = 60.0
 """After an event of one kind, further refusals of that kind are only counted for so long."""
-MAX_KINDS = 500
-MAX_PATH = 200
+MAX_KINDS = 60
+"""So that a flood from everywhere writes a line a second."""
+_SEGMENT = re.compile(r"[A-Za-z0-9_.-]{1,32}")  # shorter than any key: one that strayed into a path is not written down
 
 Kind = tuple[str, str, str]
+CountedRefusal = tuple[Kind, Refusal, int]
 
 
 @dataclass(slots=True)
 class _Count:
-    first: Refusal
+    first: Refusal  # since the last event
     number: int
     silent_until: float
 
@@ -38,16 +41,15 @@ class Refusals:
 
     def add(self, refusal: Refusal) -> None:
         """Count one. Past `MAX_KINDS` kinds, the client and the path are not told apart any more."""
-        kind = (refusal.reason, refusal.client, refusal.path[:MAX_PATH])
+        kind = (refusal.reason, refusal.client, beginning(refusal.path))
         if kind not in self._counts and len(self._counts) >= MAX_KINDS:
             kind = (refusal.reason, "many", "many")
-        count = self._counts.get(kind)
-        if count is None:
-            self._counts[kind] = _Count(refusal, 1, 0.0)
-        else:
-            count.number += 1
+        count = self._counts.setdefault(kind, _Count(refusal, 0, 0.0))
+        if count.number == 0:
+            count.first = refusal
+        count.number += 1
 
-    def take_due(self) -> list[tuple[Kind, Refusal, int]]:
+    def take_due(self) -> list[CountedRefusal]:
         """What is to be written now, with how often it happened. Kinds that fell silent are forgotten."""
         at, due = self.monotonic(), []
         for kind, count in list(self._counts.items()):
@@ -60,8 +62,21 @@ class Refusals:
                 del self._counts[kind]
         return due
 
+    def take_all(self) -> list[CountedRefusal]:
+        """What was counted and not written yet, due or not."""
+        rest = [(kind, count.first, count.number) for kind, count in self._counts.items() if count.number]
+        self._counts.clear()
+        return rest
 
-def write_refusals(database: Database, due: list[tuple[Kind, Refusal, int]], *, actor: str, clock: Clock = now) -> None:
+
+def beginning(path: str) -> str:
+    """The first two parts of a path that a stranger sent, safe to show: `/v1/feedback/f1` is `/v1/feedback/…`."""
+    parts = path.strip("/").split("/")
+    shown = [part if _SEGMENT.fullmatch(part) else "*" for part in parts[:2]]
+    return "/" + "/".join([*shown, *(["…"] if len(parts) > 2 else [])])
+
+
+def write_refusals(database: Database, due: list[CountedRefusal], *, actor: str, clock: Clock = now) -> None:
     """One event each. What was presented is not in it, only the public part of something that looked like a key."""
     with database.write() as connection:
         for (reason, client, path), refusal, number in due:

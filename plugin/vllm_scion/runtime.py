@@ -155,7 +155,8 @@ async def open_runtime(
     opened = await asyncio.to_thread(_open, settings, gateway, engine, open_recorder)
     ring = await asyncio.to_thread(load_key_ring, opened.registry.database)
     check_access(ring, engine.has_api_key)
-    if ring.is_open and not is_loopback(engine.host):
+    gatekeeper.has_vllm_key = engine.has_api_key
+    if ring.is_open and not engine.has_api_key and not is_loopback(engine.host):
         logger.warning("%s", OPEN_SERVER.format(host=engine.host or "every address"))
     threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="scion-http")
     loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scion-load")

@@ -20,6 +20,7 @@ from scion_adapters.errors import InvalidInputError
 from scion_adapters.fingerprint import base_info
 from scion_adapters.keys import load_key_ring
 from scion_adapters.settings import CONFIG_ENV, DEFAULT_CONFIG, Settings
+from vllm_scion.authority import check_access
 
 PLUGINS = ("scion", "bitsandbytes")
 CPU_MEMORY_SHARE = "0.3"
@@ -117,10 +118,15 @@ OPEN_SERVER = (
 
 def warn_about_binding(host: str, arguments: Iterable[str], has_keys: bool) -> str | None:
     """A warning when anybody who can reach this machine could use and rate the model; None when that is not so."""
-    has_vllm_key = any(argument.partition("=")[0] == "--api-key" for argument in arguments)
-    if has_keys or has_vllm_key or os.environ.get("VLLM_API_KEY") or is_loopback(host):
+    if has_keys or has_vllm_key(arguments) or is_loopback(host):
         return None
     return OPEN_SERVER.format(host=host)
+
+
+def has_vllm_key(arguments: Iterable[str]) -> bool:
+    """Whether vLLM would ask for a key of its own."""
+    given = any(argument.partition("=")[0] in ("--api-key", "--api_key") for argument in arguments)
+    return given or bool(os.environ.get("VLLM_API_KEY"))
 
 
 def is_loopback(host: str) -> bool:
@@ -158,17 +164,19 @@ def config_file() -> Path | None:
     return path if path.is_file() else None
 
 
-def check_surroundings(settings: Settings) -> bool:
-    """Fail now, with a clear message, on what would else fail after the engine has started: base files and database.
+def check_surroundings(settings: Settings, arguments: Iterable[str]) -> bool:
+    """Fail now, with a clear message, on what would else fail after the engine has started: base, database, keys.
 
     Returns whether there are API keys, so that the server will not be open.
     """
     base_info(settings)
     database = open_database(settings)
     try:
-        return not load_key_ring(database).is_open
+        ring = load_key_ring(database)
     finally:
         database.dispose()
+    check_access(ring, has_vllm_key(arguments))
+    return not ring.is_open
 
 
 def check_plugin() -> None:

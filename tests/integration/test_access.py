@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-import httpx
 import pytest
 
-from scion_adapters.errors import NotFoundError
+from scion_adapters.database import Database
+from scion_adapters.errors import NotFoundError, UnavailableError
 from scion_adapters.events import list_events
 from scion_adapters.keys import Scope, create_key, list_keys, load_key_ring, revoke_key
+from scion_adapters.records import Event
+from tests.helpers.access import CHAT, bearer, server_log, status
 from tests.helpers.plugin_world import PluginWorld
 from tests.helpers.polling import until
 
-CHAT = {"model": "chat", "messages": [{"role": "user", "content": "Hello"}]}
+CLIENTS = {"httpx", "httpcore"}
+"""They log what they ask, which is not the server's doing."""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -26,19 +30,14 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PluginWorl
     world.close()
 
 
-def bearer(plain: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {plain}"}
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with server_log(caplog):
+        yield caplog
 
 
-async def status(client: httpx.AsyncClient, path: str, plain: str | None = None) -> int:
-    headers = bearer(plain) if plain else {}
-    if path.endswith("completions"):
-        return (await client.post(path, json=CHAT, headers=headers)).status_code
-    return (await client.get(path, headers=headers)).status_code
-
-
-def closes(world: PluginWorld) -> bool:
-    return not world.last_plugin.gatekeeper.ring.is_open
+def refusals(world: PluginWorld) -> list[Event]:
+    return [event for event in list_events(world.database, limit=1000) if event.kind == "access.refused"]
 
 
 async def test_the_first_key_closes_a_running_server(world: PluginWorld) -> None:
@@ -95,26 +94,76 @@ async def test_a_revoked_key_is_refused_within_a_moment_and_the_server_stays_clo
 
 
 async def test_a_refusal_is_an_event_and_no_secret_is_written_anywhere(
-    world: PluginWorld, caplog: pytest.LogCaptureFixture
+    world: PluginWorld, log: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG)
     key, chat = create_key(world.database, "shop", Scope.CHAT, actor="me")
     secret = chat.removeprefix(f"sk-scion-{key.id}-")
     wrong = chat[:-3] + "xyz"
+    answers = []
     async with world.serving() as client:
         for plain in (wrong, wrong, chat):
-            await client.get("/v1/scion/status", headers=bearer(plain))
-        await until(lambda: sum(e.kind == "access.refused" for e in list_events(world.database)) == 2)
+            answers.append(await client.get("/v1/scion/status", headers=bearer(plain)))
+        answers.append(await client.post(f"/v1/{chat}/x?key={chat}", headers={"x-api-key": wrong}))
+        await until(lambda: {event.data["reason"] for event in refusals(world)} == {"unknown", "scope"})
+        revoke_key(world.database, key.id, actor="me")
+        await until(lambda: world.last_plugin.gatekeeper.ring.keys[key.id].revoked_at is not None)
+        answers.append(await client.post("/v1/chat/completions", json=CHAT, headers=bearer(chat)))
         metrics = (await client.get("/metrics")).text
-    events = [e for e in list_events(world.database, limit=1000) if e.kind == "access.refused"]
-    assert {(e.data["reason"], e.data["count"], e.data["key_id"]) for e in events} == {
-        ("unknown", 2, key.id),
-        ("scope", 1, key.id),
+    counts = world.last_plugin.gateway.metrics["scion_access_refused_total"]
+    assert {r: counts.labels(r)._value.get() for r in ("missing", "unknown", "revoked", "scope")} == {
+        "missing": 0,
+        "unknown": 3,
+        "revoked": 1,
+        "scope": 1,
     }
+    seen: Counter[tuple[object, ...]] = Counter()
+    for event in refusals(world):
+        seen[tuple(event.data[name] for name in ("reason", "path", "key_id"))] += event.data["count"]
+    assert seen == {
+        ("unknown", "/v1/scion/…", key.id): 2,
+        ("scope", "/v1/scion/…", key.id): 1,
+        ("unknown", "/v1/*/…", key.id): 1,
+        ("revoked", "/v1/chat/…", key.id): 1,
+    }
+    assert {event.data["client"] for event in refusals(world)} == {"127.0.0.1"}
+    logged = "\n".join(record.getMessage() for record in log.records if record.name.partition(".")[0] not in CLIENTS)
+    assert "Endpoint plugin overrides" in logged, "nothing was listened to"
     stored = repr(list_events(world.database, limit=1000)) + repr(list_keys(world.database))
-    for text in (stored, caplog.text, metrics, repr(load_key_ring(world.database))):
+    ring = repr(load_key_ring(world.database)) + repr(world.last_plugin.gatekeeper)
+    for text in (stored, logged, metrics, ring, *(answer.text + repr(answer.headers) for answer in answers)):
         assert secret not in text
         assert wrong not in text
+
+
+async def test_strange_paths_do_not_keep_refusals_from_being_written(world: PluginWorld) -> None:
+    create_key(world.database, "shop", Scope.CHAT, actor="me")
+    async with world.serving() as client:
+        for path in ("/v1/a%00b", "/v1/%ff%fe", "/%F0%9F%92%A9/%1b%5B2J", "/v1/models"):
+            assert (await client.get(path)).status_code == 401
+        await until(lambda: sum(event.data["count"] for event in refusals(world)) == 4)
+    assert {event.data["path"] for event in refusals(world)} == {"/v1/*", "/*/*", "/v1/models"}
+
+
+async def test_the_last_keys_stay_in_force_while_the_database_is_gone(
+    world: PluginWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, chat = create_key(world.database, "shop", Scope.CHAT, actor="me")
+
+    def gone(_: Database) -> NoReturn:
+        raise UnavailableError("the database does not answer")
+
+    async with world.serving() as client:
+        errors = world.last_plugin.gateway.metrics["scion_database_errors_total"].labels("refusals")
+        with monkeypatch.context() as broken:
+            broken.setattr(Database, "read", gone)
+            broken.setattr(Database, "write", gone)
+            seen = [await status(client, "/v1/chat/completions", plain) for plain in (None, chat[:-1], chat)]
+            assert seen == [401, 401, 200]
+            await until(lambda: errors._value.get() > 0)
+            assert [await status(client, "/v1/models", plain) for plain in (None, chat)] == [401, 200]
+        revoke_key(world.database, key.id, actor="me")
+        await until(lambda: world.last_plugin.gatekeeper.ring.check(chat) is None)
+        assert await status(client, "/v1/models", chat) == 401
 
 
 async def test_the_names_of_ops_keys_stand_with_what_they_do(world: PluginWorld) -> None:

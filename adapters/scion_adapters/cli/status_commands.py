@@ -131,10 +131,11 @@ def _print_status(present: Status, now_s: float) -> None:
             title="Latest runs",
         )
     journal = "none here" if present.journal_bytes is None else format_bytes(present.journal_bytes)
+    access = "open, no API keys" if present.is_open else f"{present.num_valid_keys} API keys"
     console.print(
         f"{present.num_completions} completions, {present.num_feedback} votes"
         f" ({present.num_counting_feedback} counting)"
-        f"; journal: {journal}; routing revision {present.routing_revision}",
+        f"; journal: {journal}; access: {access}; routing revision {present.routing_revision}",
         soft_wrap=True,
     )
 

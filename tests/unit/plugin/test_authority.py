@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,8 +13,8 @@ from starlette.datastructures import Headers
 
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.keys import EMPTY_RING, ApiKey, KeyRing, Scope, key_id_of
-from vllm_scion.authority import Gatekeeper, Refusal, check_access, required_scope
-from vllm_scion.refusals import MAX_KINDS, Refusals
+from vllm_scion.authority import AuthorityMiddleware, Gatekeeper, Refusal, check_access, required_scope
+from vllm_scion.refusals import MAX_KINDS, Refusals, beginning
 
 SECRET = "x" * 43
 PLAIN = f"sk-scion-{'a' * 12}-{SECRET}"
@@ -41,6 +43,7 @@ SCOPES = [
     ("GET", "/metrics", None),
     ("GET", "/metrics/", None),
     ("GET", "/version", None),
+    ("GET", "/load", None),
     # what a chat application does
     ("POST", "/v1/chat/completions", Scope.CHAT),
     ("POST", "/v1/completions", Scope.CHAT),
@@ -74,6 +77,11 @@ SCOPES = [
     ("POST", "/v1/chat/completions/", Scope.OPS),
     ("POST", "//v1/chat/completions", Scope.OPS),
     ("GET", "/health/../v1/scion/status", Scope.OPS),
+    ("GET", "/health/v1/scion/status", Scope.OPS),
+    ("GET", "/v1/models\n", Scope.OPS),
+    ("get", "/v1/models", Scope.OPS),
+    ("POST", "/V1/completions", Scope.OPS),
+    ("", "", Scope.OPS),
 ]
 
 
@@ -132,8 +140,94 @@ def test_a_key_of_vllm_and_ours_exclude_each_other() -> None:
         check_access(ring(), vllm_has_key=True)
 
 
-def refusal(client: str = "10.0.0.1", path: str = "/v1/models") -> Refusal:
-    return Refusal("missing", "GET", path, client, None)
+def test_behind_vllms_key_the_first_scion_key_cuts_nobody_off(caplog: pytest.LogCaptureFixture) -> None:
+    keeper = Gatekeeper(has_vllm_key=True)
+    keeper.follow(ring())
+    assert keeper.ring.is_open, "vLLM's own key guards"
+    assert "not in force" in caplog.text
+    keeper = Gatekeeper()
+    keeper.follow(ring())
+    assert not keeper.ring.is_open
+
+
+# --- the middleware ---------------------------------------------------------------------------------------------------
+
+
+async def call(
+    headers: list[tuple[bytes, bytes]], *, keys: KeyRing | None = None, **scope: Any
+) -> tuple[list[dict[str, Any]], list[Refusal]]:
+    """What the middleware sends, before an application that sends three pieces; and what it refused."""
+    sent: list[dict[str, Any]] = []
+    refused: list[Refusal] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for piece in (b"a", b"b", b"c"):
+            await send({"type": "http.response.body", "body": piece, "more_body": piece != b"c"})
+            assert sent[-1]["body"] == piece, "held back"
+
+    async def receive() -> Any:
+        raise AssertionError("a refusal needs no body")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    request = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, **scope}
+    keeper = Gatekeeper(ring() if keys is None else keys, refused.append)
+    await AuthorityMiddleware(app, keeper)(request, receive, send)
+    return sent, refused
+
+
+async def test_pieces_pass_one_by_one() -> None:
+    for keys in (ring(), EMPTY_RING):
+        sent, refused = await call([(b"authorization", f"Bearer {PLAIN}".encode())], keys=keys)
+        assert [message.get("body") for message in sent] == [None, b"a", b"b", b"c"]
+        assert refused == []
+
+
+async def test_a_websocket_needs_a_key_too() -> None:
+    socket = {"type": "websocket", "path": "/v1/realtime"}
+    for plain, reason in ((None, "missing"), (PLAIN, "scope"), (GONE, "revoked")):
+        headers = [(b"authorization", f"Bearer {plain}".encode())] if plain else []
+        sent, refused = await call(headers, **socket)
+        assert sent == [{"type": "websocket.close", "code": 1008}]
+        assert [r.reason for r in refused] == [reason]
+    sent, _ = await call([(b"authorization", f"Bearer {OPS}".encode())], **socket)
+    assert len(sent) == 4
+
+
+async def test_where_a_proxys_prefix_is_configured_it_changes_nothing() -> None:
+    key = [(b"authorization", f"Bearer {PLAIN}".encode())]
+    for path, status in (("/api/v1/completions", 200), ("/api/v1/adapters", 403), ("/api/health/x", 403)):
+        sent, _ = await call(key, root_path="/api", path=path)
+        assert sent[0]["status"] == status, path
+    assert (await call([], root_path="/api", path="/api/health"))[0][0]["status"] == 200
+
+
+HEADER = st.sampled_from([b"authorization", b"x-api-key", b"Authorization", b"x-api-key "])
+VALUE = st.one_of(
+    st.binary(max_size=120),
+    st.sampled_from([b"Bearer", b"Bearer ", b"Bearer Bearer", b"bearer\t", b"Basic Og==", b"Bearer sk-scion-"]),
+    st.binary(max_size=20).map(lambda noise: b"Bearer " + PLAIN.encode() + b"\xff" + noise),
+    st.binary(max_size=20).map(lambda noise: b"Bearer " + noise + b"," + PLAIN.encode()),
+    st.binary(max_size=20).map(lambda noise: b"Basic " + noise + b" " + PLAIN.encode()),
+)
+
+
+@given(st.lists(st.tuples(HEADER, VALUE), max_size=4))
+def test_malformed_headers_are_refused_and_break_nothing(headers: list[tuple[bytes, bytes]]) -> None:
+    sent, (refusal,) = asyncio.run(call(headers))
+    assert sent[0]["status"] == 401
+    assert dict(sent[0]["headers"])[b"www-authenticate"] == b"Bearer"
+    assert SECRET.encode() not in sent[1]["body"]
+    assert SECRET not in repr(refusal)
+
+
+# --- what is written down ---------------------------------------------------------------------------------------------
+
+
+def refusal(client: str = "10.0.0.1", path: str = "/v1/models", key_id: str | None = None) -> Refusal:
+    return Refusal("missing", "GET", path, client, key_id)
 
 
 def test_a_flood_is_one_event_a_minute_with_a_count() -> None:
@@ -159,3 +253,46 @@ def test_many_clients_do_not_fill_the_memory() -> None:
     due = refusals.take_due()
     assert len(due) <= MAX_KINDS + 1
     assert sum(count for _, _, count in due) == 3 * MAX_KINDS
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/v1/models", "/v1/models"),
+        ("/v1/feedback/f1", "/v1/feedback/…"),
+        ("/", "/*"),
+        (f"/v1/{PLAIN}", "/v1/*"),  # a key that strayed into a path
+        ("/v1/a\x00\x1b[2J", "/v1/*"),  # what a database or a terminal would choke on
+        ("/" + "x" * 5000, "/*"),
+    ],
+)
+def test_of_a_path_its_beginning_is_written_down(path: str, shown: str) -> None:
+    assert beginning(path) == shown
+
+
+def test_walking_through_paths_is_one_kind() -> None:
+    refusals = Refusals(lambda: 0.0)
+    for number in range(100):
+        refusals.add(refusal(path=f"/v1/feedback/{number}"))
+    assert [(kind[2], count) for kind, _, count in refusals.take_due()] == [("/v1/feedback/…", 100)]
+
+
+def test_an_event_names_a_key_of_its_own_time() -> None:
+    now = 0.0
+    refusals = Refusals(lambda: now)
+    refusals.add(refusal(key_id="first"))
+    refusals.take_due()
+    refusals.add(refusal(key_id="second"))
+    now = 60.0
+    assert [(first.key_id, count) for _, first, count in refusals.take_due()] == [("second", 1)]
+
+
+def test_what_is_still_silent_is_written_at_the_end() -> None:
+    refusals = Refusals(lambda: 0.0)
+    refusals.add(refusal())
+    refusals.take_due()
+    refusals.add(refusal())
+    refusals.add(refusal())
+    assert refusals.take_due() == [], "said a moment ago"
+    assert [count for _, _, count in refusals.take_all()] == [2]
+    assert refusals.take_all() == []

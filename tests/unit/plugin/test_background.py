@@ -15,7 +15,8 @@ from scion_adapters import controller, tables
 from scion_adapters.clock import now
 from scion_adapters.database import Database
 from scion_adapters.errors import UnavailableError
-from scion_adapters.events import bump_routing
+from scion_adapters.events import bump_routing, list_events
+from scion_adapters.keys import Scope, create_key, revoke_key
 from scion_adapters.leases import current_holder
 from scion_adapters.records import Replica, VersionState
 from scion_adapters.replicas import ReplicaLedger
@@ -25,6 +26,7 @@ from tests.helpers.databases import sqlite_database
 from tests.helpers.engine import FakeStore, FakeTable
 from tests.helpers.polling import until
 from vllm_scion import background as background_module
+from vllm_scion.authority import Refusal
 from vllm_scion.background import CONTROLLER_LEASE, Background, Identity
 from vllm_scion.loader import Loader
 from vllm_scion.metrics import Metrics
@@ -191,6 +193,34 @@ async def test_the_last_routing_outlives_the_database(database: Database, caplog
         await until(lambda: background.loader.serving.published.resident == {12})
         await until(lambda: any("works again" in r.message for r in caplog.records))
     flaky.dispose()
+
+
+async def test_the_last_keys_outlive_the_database(database: Database) -> None:
+    key, plain = create_key(database, "shop", Scope.CHAT, actor="me")
+    flaky = FlakyDatabase(database.url)
+    async with running(flaky) as background:
+        keeper = background.gatekeeper
+        errors = background.metrics["scion_database_errors_total"].labels("refusals")
+        flaky.gone = True
+        background.refusals.add(Refusal("unknown", "GET", "/v1/models", "10.0.0.1", None))
+        await until(lambda: errors._value.get() == 1)
+        assert keeper.ring.check(plain) == key
+        revoke_key(database, key.id, actor="me")
+        flaky.gone = False
+        await until(lambda: keeper.ring.check(plain) is None)
+        assert not keeper.ring.is_open
+        background.refusals.add(Refusal("revoked", "GET", "/v1/models", "10.0.0.1", key.id))
+        await until(lambda: refused(database))
+        background.refusals.add(Refusal("revoked", "GET", "/v1/models", "10.0.0.1", key.id))
+    assert refused(database) == [("revoked", 1), ("revoked", 1)], (
+        "the rest is written at the end, what was dropped is not"
+    )
+    flaky.dispose()
+
+
+def refused(database: Database) -> list[tuple[str, int]]:
+    events = list_events(database, limit=1000)
+    return [(event.data["reason"], event.data["count"]) for event in events if event.kind == "access.refused"]
 
 
 async def test_without_a_database_there_is_no_start(database: Database) -> None:

@@ -8,8 +8,11 @@ from typer.testing import CliRunner
 
 from scion_adapters.cli.main import build_app
 from scion_adapters.errors import InvalidInputError
+from scion_adapters.keys import Scope, create_key
 from scion_adapters.settings import Settings, load_settings
-from vllm_scion.serve import Launch, as_shell, plan_launch, warn_about_binding
+from tests.helpers.adapters import make_base
+from tests.helpers.databases import sqlite_database
+from vllm_scion.serve import Launch, as_shell, check_surroundings, plan_launch, warn_about_binding
 
 
 def settings_in(folder: Path, text: str = "") -> Settings:
@@ -124,6 +127,28 @@ def test_an_open_server_is_warned_about(
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert (warn_about_binding(host, arguments, False) is not None) == warns
+    assert warn_about_binding(host, arguments, True) is None, "scion keys close it"
+
+
+@pytest.mark.parametrize("own_key", ["--api-key=k", "VLLM_API_KEY", None])
+def test_keys_of_vllm_and_ours_are_refused_before_the_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_key: str | None
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    make_base(tmp_path / "base")
+    database = sqlite_database(tmp_path)
+    settings = settings_in(tmp_path, f'[base]\nmodel = "base"\n[database]\nurl = "{database.url}"\n')
+    arguments = [own_key] if own_key and own_key.startswith("-") else []
+    if own_key == "VLLM_API_KEY":
+        monkeypatch.setenv(own_key, "k")
+    assert check_surroundings(settings, arguments) is False
+    create_key(database, "shop", Scope.CHAT, actor="me")
+    database.dispose()
+    if own_key is None:
+        assert check_surroundings(settings, arguments) is True
+        return
+    with pytest.raises(InvalidInputError, match="drop vLLM's"):
+        check_surroundings(settings, arguments)
 
 
 def test_the_command_prints_without_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
