@@ -1,9 +1,10 @@
 """The recorder in a process of its own, behind the same interface: what a server uses.
 
 Parsing, journaling and storing an answer takes a fifth of the time that the API server itself spends on a request, and
-a thread that computes keeps the interpreter's lock from requests. Here a request pays for one `submit`, and a thread
-pickles what it left behind and hands it over. Frames stay in memory until the child reports them journaled: a child
-that dies is replaced and gets them again. When the server dies, the child records what it was handed, and ends.
+a thread that computes keeps the interpreter's lock from requests. Here a request pays for one `submit`, which pickles
+what it left behind (tens of microseconds; a batch of them in a thread would stop every request that comes meanwhile),
+and a thread only sends. Frames stay in memory until the child reports them journaled: a child that dies is replaced and
+gets them again. When the server dies, the child records what it was handed, and ends.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from scion_feedback.recorder import Build, RecorderObserver, RecorderStats
 
 _logger = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
-_FRAMES_PER_SEND = 16  # pickling holds the interpreter's lock, sending gives it up
+_SEND_INTERVAL_S = 0.02  # often and little: the child's bursts of work must not be felt by requests
 _RESTART_PAUSE_S = 1.0
 CHILD_MODULE = "scion_feedback.recorder_child"
 
@@ -82,7 +83,7 @@ class RecorderProcess:
     def __init__(self, config: ChildConfig, observer: RecorderObserver | None = None) -> None:
         self._config = config
         self._observer = observer
-        self._queue: deque[Build] = deque()
+        self._queue: deque[bytes] = deque()  # pickled, and not handed over yet
         self._unsettled: deque[bytes] = deque()  # handed over and not reported yet, oldest first
         self._accepting = True
         self._stop = threading.Event()
@@ -103,7 +104,11 @@ class RecorderProcess:
         if len(self._queue) + len(self._unsettled) >= self._config.queue_size:
             self._lose("queue_full")
             return False
-        self._queue.append(build)
+        try:
+            self._queue.append(frame(build))
+        except Exception as error:  # a thunk may fail in any way; the request must not
+            self._lose("unparsable", error)
+            return False
         return True
 
     def close(self, timeout_s: float = 10.0) -> bool:
@@ -172,21 +177,16 @@ class RecorderProcess:
         return len(self._queue) + len(self._unsettled)
 
     def _hand_over(self, child: _Child) -> None:
-        """Until stopped: pickle what is queued and send it."""
+        """Until stopped: send what is queued."""
         stopping = False
         while not stopping:
-            stopping = self._stop.wait(self._config.flush_interval_s)
+            stopping = self._stop.wait(_SEND_INTERVAL_S)
             while self._queue:
-                frames: list[bytes] = []
-                while self._queue and len(frames) < _FRAMES_PER_SEND:
-                    build = self._queue[0]
-                    try:
-                        frames.append(frame(build))
-                    except Exception as error:  # a thunk may fail in any way; the thread must outlive it
-                        self._lose("unparsable", error)
-                    self._queue.popleft()
-                with self._mutex:
-                    self._unsettled.extend(frames)
+                frames = []
+                with self._mutex:  # what leaves the queue is unsettled at once: it is never in neither
+                    while self._queue:
+                        self._unsettled.append(self._queue[0])
+                        frames.append(self._queue.popleft())
                 child.send(b"".join(frames))
             if child.process.poll() is not None:
                 raise ConnectionResetError(f"it ended with status {child.process.returncode}")

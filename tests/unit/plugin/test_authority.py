@@ -173,6 +173,8 @@ async def call(
         sent.append(message)
 
     request = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, **scope}
+    if request["type"] == "websocket":
+        del request["method"]  # as ASGI has it
     keeper = Gatekeeper(ring() if keys is None else keys, refused.append)
     await AuthorityMiddleware(app, keeper)(request, receive, send)
     return sent, refused
