@@ -1,4 +1,4 @@
-"""Keys on a real server with two API server processes: every one of them closes and refuses, and streams still stream."""
+"""Keys on a real server with two API server processes: each of them closes and refuses, and streams still stream."""
 
 from __future__ import annotations
 
