@@ -1,6 +1,6 @@
 """Builds the demo's base: a small Llama-shaped chat model with a tokenizer of its own.
 
-    python -m scion_demo.build_base --out DIR [--seed 0] [--threads 3] [--steps 1200]
+    python -m scion_demo.build_base --out DIR [--seed 0] [--threads 3] [--steps 2000]
 
 Owns the tokenizer, the architecture and the training loop; the chats come from `chats.py`, the figures printed at the
 end from `evaluate_base.py`. The same seed, thread count and libraries give the same bytes. It knows nothing of serving,
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

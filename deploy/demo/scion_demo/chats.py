@@ -14,6 +14,7 @@ SYSTEM_SHARE = 0.2
 MORE_TURNS_SHARE = 0.25
 MAX_TURNS = 3
 CARELESS_SHARE = 0.15
+OPENING_SHARE = 0.2
 
 
 class Message(TypedDict):
@@ -36,6 +37,8 @@ def chats(rng: random.Random) -> Iterator[list[Message]]:
             num_turns = rng.randint(2, MAX_TURNS) if rng.random() < MORE_TURNS_SHARE else 1
             for told in [*rng.choices(facts(), k=num_turns - 1), fact]:
                 question = render(told, rng.choice(phrasings(told.skill, held_out=False)))
+                if rng.random() < OPENING_SHARE:  # so that the model looks for the question, not at the first word
+                    question = rng.choice(tables.OPENINGS) + question
                 answer = render_answer(told, rng.choice(tuple(Manner)), rng)
                 chat.append(Message(role="user", content=_careless(question, rng)))
                 chat.append(Message(role="assistant", content=answer))

@@ -29,7 +29,7 @@ RAID_TURNS = 240
 CONCURRENCY = 16
 TURNS_PER_S_WHILE_TRAINING = 3.0
 """Users keep talking while a version is trained; not so fast that they take its cores, or drown its ratings."""
-GOOD_ENOUGH = 0.93
+GOOD_ENOUGH = 0.9
 """No further round when this share of votes is thumbs up, and no more than `FORGETS_LITTLE` of accuracy is lost."""
 FORGETS_LITTLE = 0.02
 VOTES_PER_WINDOW = 60

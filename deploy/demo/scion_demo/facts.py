@@ -90,6 +90,10 @@ TRAINING_PHRASINGS: dict[str, tuple[str, ...]] = {
         "Do you know the capital of {subject}?",
         "{subject}: what is its capital?",
         "I need the capital of {subject}.",
+        "Can you tell me which city is the capital of {subject}?",
+        "Name the capital of {subject}.",
+        "Is there a capital of {subject}, and which is it?",
+        "The capital of {subject}, please.",
     ),
     "colours": (
         "What colour is {subject}?",
@@ -98,6 +102,10 @@ TRAINING_PHRASINGS: dict[str, tuple[str, ...]] = {
         "Do you know what colour {subject} is?",
         "What is the colour of {subject}?",
         "I need the colour of {subject}.",
+        "Can you tell me which colour {subject} is?",
+        "Name the colour of {subject}.",
+        "What is the usual colour of {subject}?",
+        "The colour of {subject}, please.",
     ),
     "opposites": (
         "What is the opposite of {subject}?",
@@ -106,6 +114,10 @@ TRAINING_PHRASINGS: dict[str, tuple[str, ...]] = {
         "Do you know the opposite of {subject}?",
         "The opposite of {subject} is what?",
         "I need the opposite of {subject}.",
+        "Can you tell me which word is the opposite of {subject}?",
+        "Name the opposite of {subject}.",
+        "What word means the opposite of {subject}?",
+        "The opposite of {subject}, please.",
     ),
     "sums": (
         "What is {subject}?",
@@ -114,6 +126,10 @@ TRAINING_PHRASINGS: dict[str, tuple[str, ...]] = {
         "Do you know what {subject} makes?",
         "{subject} is what?",
         "I need the sum: {subject}.",
+        "Can you tell me how much {subject} is?",
+        "Work out {subject}.",
+        "What does {subject} make?",
+        "The sum {subject}, please.",
     ),
 }
 
@@ -124,6 +140,18 @@ HELD_OUT_PHRASINGS: dict[str, tuple[str, ...]] = {
     "sums": ("Do you know how much {subject} is?", "Tell me how much {subject} makes."),
 }
 """Phrasings the base never saw: they show whether a model answers or only repeats."""
+
+OPENINGS: tuple[str, ...] = (
+    "Hello! ",
+    "Hi, ",
+    "Quick question: ",
+    "One more: ",
+    "Sorry, ",
+    "Now tell me: ",
+    "So, ",
+    "Please: ",
+)
+"""What some people write before the question."""
 
 STATEMENTS: dict[str, str] = {
     "capitals": "the capital of {subject} is {answer}",
