@@ -9,7 +9,16 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup demo test check unit bench base clean
+# What `make check` runs beside each other: one pytest per folder of tests/unit, and one for all that import torch and so
+# take seconds to begin.
+TORCH := $(shell grep -rlE '^(import|from) (torch|transformers|trl|peft)\b' tests/unit --include='test_*.py')
+UNIT := $(patsubst tests/unit/%/,unit-%,$(sort $(dir $(filter-out $(TORCH),$(wildcard tests/unit/*/test_*.py)))))
+PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
+# Each job's output appears in one piece when it is done; all of them run to their end, and one failure fails the whole.
+BESIDE = +OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --keep-going --output-sync=target --jobs=$(JOBS)
+JOBS ?= $(shell nproc 2>/dev/null || echo 4)
+
+.PHONY: setup demo test check unit bench base clean lint types imports unit-top unit-torch $(UNIT)
 
 setup: $(STAMP)
 
@@ -21,14 +30,29 @@ demo: setup
 	$(BIN)/scion demo --prefer polite --seed 0 --report build/demo/report.json
 
 check: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit -q
+	$(BESIDE) unit-torch unit-trainer types $(filter-out unit-trainer,$(UNIT)) unit-top imports lint  # the longest first
 
 unit: setup
-	$(BIN)/python -m pytest tests/unit -q
+	$(BESIDE) unit-torch $(UNIT) unit-top
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+imports:
+	$(BIN)/lint-imports
+
+$(UNIT): unit-%:
+	$(PYTEST) $(filter-out $(TORCH),$(wildcard tests/unit/$*/test_*.py))
+
+unit-torch:
+	$(PYTEST) $(TORCH)
+
+unit-top:
+	$(PYTEST) $(wildcard tests/unit/test_*.py)
 
 test: setup
 	$(BIN)/python -m pytest tests -q --durations=15

@@ -15,6 +15,7 @@ from enum import StrEnum
 import sqlalchemy as sa
 
 from scion_adapters.database import Database
+from scion_adapters.records import RED_TEAM
 from scion_adapters.tables import completions, feedback
 
 RATING = "rating"
@@ -114,6 +115,7 @@ def votes_in(
             completions.c.number.in_(numbers),
             completions.c.created_at >= since,
             feedback.c.name == RATING,
+            feedback.c.source != RED_TEAM,
             feedback.c.counts,
             feedback.c.value.is_not(None),
             feedback.c.deleted_at.is_(None),

@@ -1,16 +1,15 @@
 """The artifact store: adapter directories named by their contents' digest; places for reports, snapshots and runs.
 
 Under the store's root: versions/<digest>/ (complete or absent), reports/<adapter>/<number>/, snapshots/, runs/, tmp/.
-For a remote store the root is the local cache, and remote_store.py moves files. Knows nothing of numbers or states.
+For a remote store the root is the local cache, and remote_store.py moves files. Which files an adapter has is for
+adapter_files.py. Knows nothing of numbers or states.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import stat
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -19,20 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scion_adapters.adapter_files import MANIFEST_FILE, copy_file, digest_of, is_complete, is_intact, list_files
 from scion_adapters.errors import NotFoundError, RejectedError
 from scion_adapters.files import fsync_path, publish_directory, remove_tree, write_file, writing_to
 from scion_adapters.records import VersionRef, check_adapter_name
 from scion_adapters.remote_store import RemoteStore
 from scion_adapters.settings import Settings
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-SCION_FILE = "scion.json"
-MANIFEST_FILE = "manifest.json"
-_REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
-_IGNORED = {"README.md", ".gitattributes"}  # PEFT and the model hub write them beside every adapter
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-_COPY_BYTES = 1 << 20
 _STALE_S = 24 * 3600.0
 
 
@@ -53,55 +46,6 @@ class StagedArtifact:
     entries: Mapping[str, Mapping[str, Any]]
 
 
-def list_files(directory: Path, *, stored: bool = False) -> dict[str, Path]:
-    """The files of an adapter directory by name; `stored`: of one of ours, beside whose files a manifest lies.
-
-    Raises RejectedError: symlink, foreign_file, not_safetensors, empty, unreadable. Hard links are files like others:
-    what enters the store is a copy.
-    """
-    if directory.is_symlink() or not directory.is_dir():
-        reason = "symlink" if directory.is_symlink() else "unreadable"
-        raise RejectedError(
-            f"{directory} is not a directory of its own: expected a PEFT adapter directory", reason=reason
-        )
-    files: dict[str, Path] = {}
-    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        found = entry.stat(follow_symlinks=False)
-        if stat.S_ISLNK(found.st_mode):
-            raise RejectedError(f"{entry.name[:120]!a} is a symbolic link: copy the file itself", reason="symlink")
-        if not stat.S_ISREG(found.st_mode):
-            raise _foreign(entry.name)
-        if (stored and entry.name == MANIFEST_FILE) or not belongs(entry.name):
-            continue
-        if found.st_size == 0:
-            raise RejectedError(f"{entry.name} has 0 bytes: expected what PEFT saved", reason="empty")
-        files[entry.name] = Path(entry.path)
-    for name in _REQUIRED:
-        if name not in files:
-            reason = "empty" if name == WEIGHTS_FILE else "unreadable"
-            raise RejectedError(f"there is no {name}: expected the files that PEFT saved", reason=reason)
-    return files
-
-
-def belongs(name: str) -> bool:
-    """Whether a file of that name is part of an adapter; False for what tools write beside one, which is left out.
-
-    Raises RejectedError for any other name: not_safetensors, foreign_file.
-    """
-    if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
-        raise RejectedError(
-            f"{name[:120]!a} can run code when it is loaded: save as safetensors", reason="not_safetensors"
-        )
-    if name not in (*_REQUIRED, SCION_FILE, *_IGNORED):
-        raise _foreign(name)
-    return name not in _IGNORED
-
-
-def _foreign(name: str) -> RejectedError:
-    message = f"{name[:120]!a} does not belong to an adapter: give {CONFIG_FILE} and {WEIGHTS_FILE} alone"
-    return RejectedError(message, reason="foreign_file")
-
-
 class ArtifactStore:
     """Artifacts below `root`, and, if `remote` is given, in a remote store of which `root` is the cache."""
 
@@ -116,8 +60,8 @@ class ArtifactStore:
         temporary = self.new_temporary()
         try:
             with writing_to(self.root):
-                entries = {name: _copy(source, temporary / name) for name, source in files.items()}
-            artifact = Artifact(_digest(entries), sum(int(entry["size_bytes"]) for entry in entries.values()))
+                entries = {name: copy_file(source, temporary / name) for name, source in files.items()}
+            artifact = Artifact(digest_of(entries), sum(int(entry["size_bytes"]) for entry in entries.values()))
             yield StagedArtifact(temporary, artifact, entries)
         finally:
             remove_tree(temporary)
@@ -127,7 +71,7 @@ class ArtifactStore:
         digest = staged.artifact.digest
         target = self._directory(digest)
         with writing_to(self.root):
-            if os.path.lexists(target) and not _is_intact(target, digest):
+            if os.path.lexists(target) and not is_intact(target, digest):
                 self._set_aside(target)  # damaged by someone else: the copy at hand is the right one
             if not target.exists():
                 manifest = {"digest": digest, "files": staged.entries}
@@ -146,7 +90,7 @@ class ArtifactStore:
     def path(self, digest: str) -> Path:
         """The local directory that holds the artifact, fetched and verified first if it is only in the remote store."""
         target = self._directory(digest)
-        if _is_complete(target):
+        if is_complete(target):
             return target
         if self._remote is not None:
             self._fetch(digest, target)
@@ -159,7 +103,7 @@ class ArtifactStore:
         """
         target = self.path(digest)
         list_files(target, stored=True)  # a link or another file has a reason of its own
-        if not _is_intact(target, digest):
+        if not is_intact(target, digest):
             raise RejectedError(
                 f"the files in {target} are not those of {digest}: they were changed after publishing; publish again",
                 reason="digest_mismatch",
@@ -172,7 +116,7 @@ class ArtifactStore:
 
     def has(self, digest: str) -> bool:
         """Whether the local directory of the artifact is complete; the bytes are not read."""
-        return _is_complete(self._directory(digest))
+        return is_complete(self._directory(digest))
 
     def younger_than(self, digests: Collection[str], seconds: float) -> set[str]:
         """Those of `digests` that were published, or published again, within the last `seconds`."""
@@ -223,7 +167,7 @@ class ArtifactStore:
         temporary = self.new_temporary()
         try:
             self._remote.download(_key(digest), temporary)
-            if not _is_intact(temporary, digest):
+            if not is_intact(temporary, digest):
                 raise RejectedError(
                     f"artifact {digest} in the remote store is damaged: publish it again", reason="digest_mismatch"
                 )
@@ -276,45 +220,3 @@ def open_store(settings: Settings) -> ArtifactStore:
 
 def _key(digest: str) -> str:
     return f"versions/{digest.removeprefix('sha256:')}"
-
-
-def _copy(source: Path, target: Path) -> dict[str, Any]:
-    """Copy, flush and hash in one pass, so that the digest is that of the copy. Links are never followed."""
-    digest, size_bytes = hashlib.sha256(), 0
-    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
-        while piece := reader.read(_COPY_BYTES):
-            digest.update(piece)
-            size_bytes += len(piece)
-            writer.write(piece)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return {"sha256": digest.hexdigest(), "size_bytes": size_bytes}
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    with file.open("rb") as reader:
-        return {"sha256": hashlib.file_digest(reader, "sha256").hexdigest(), "size_bytes": file.stat().st_size}
-
-
-def _digest(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = (f"{name}\0{entry['size_bytes']}\0{entry['sha256']}\n" for name, entry in sorted(entries.items()))
-    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _is_complete(target: Path) -> bool:
-    """Whether every file that the manifest names is there with its size."""
-    try:
-        files = json.loads((target / MANIFEST_FILE).read_bytes())["files"]
-        return all((target / name).stat().st_size == entry["size_bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _is_intact(target: Path, digest: str) -> bool:
-    """Whether the files, read again, are exactly those that the digest stands for."""
-    try:
-        files = list_files(target, stored=True)
-    except RejectedError:
-        return False
-    return _is_complete(target) and _digest({name: _entry(file) for name, file in files.items()}) == digest

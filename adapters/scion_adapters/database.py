@@ -26,8 +26,11 @@ _REMEDIES = {
     "disk is full": "free space on its disk",
     "No space left": "free space on its disk",
     "readonly database": "make its file and folder writable for this account",
+    "read-only transaction": "it is a standby or was made read-only: name the primary in database.url, or promote it",
     "database is locked": "another process has been writing to it for long: let it finish, or end it",
 }
+_READ_ONLY = "25006"
+"""What PostgreSQL answers to a write while it recovers, stands by, or is set to default_transaction_read_only."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _ALEMBIC_LOCK = threading.Lock()  # alembic's commands keep their context in module globals
 
@@ -70,7 +73,9 @@ class Database:
     def _wrap(self) -> Iterator[None]:
         try:
             yield
-        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError) as error:
+            if isinstance(error, sa.exc.InternalError) and getattr(error.orig, "sqlstate", None) != _READ_ONLY:
+                raise
             said = str(error.orig or error).strip()
             raise UnavailableError(
                 f"the database {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: "

@@ -40,15 +40,10 @@ def record(
             adapter=adapter,
             number=number,
             actor=actor[:128],
-            reason=_storable(reason),
+            reason=reason,
             data=dict(data),
         )
     )
-
-
-def _storable(text: str) -> str:
-    """Every database takes it: reasons quote what strangers sent, and PostgreSQL takes no NUL and no half surrogate."""
-    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 
 def list_events(

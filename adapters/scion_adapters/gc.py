@@ -12,18 +12,17 @@ import sqlalchemy as sa
 
 from scion_adapters import tables
 from scion_adapters.aliases import load_aliases
-from scion_adapters.clock import Clock, now
+from scion_adapters.clock import Clock
 from scion_adapters.database import time_in
 from scion_adapters.events import record
 from scion_adapters.records import CHAMPION, Replica, Version, VersionRef, VersionState
 from scion_adapters.registry import Registry
-from scion_adapters.replicas import live_in
+from scion_adapters.replicas import SILENT_S, live_in, settle
+from scion_adapters.steps import remove_abandoned
 from scion_adapters.versions import is_version, to_version
 
 GRACE_S = 3600.0
 """An artifact that was published so recently may be about to get another version."""
-SILENT_S = 900.0
-"""A server that was heard of within this time may still hold a version, though it counts as dead for rollouts."""
 _MAY_GO = (VersionState.RETIRED, VersionState.REJECTED)
 
 
@@ -82,23 +81,27 @@ def collect(
     grace_s: float = GRACE_S,
     dry_run: bool = False,
     actor: str = "gc",
-    clock: Clock = now,
+    clock: Clock | None = None,
 ) -> list[Fate]:
     """Delete the files that may go, and say what became of each version's.
 
     What goes is marked in the same transaction that looked, so that nobody can give it traffic in between; then the
-    files are deleted. A collection that is killed in between leaves files that `scion doctor --repair` removes.
+    files are deleted. What runs that died had servers load for their steps goes, too. A collection that is killed in
+    between leaves files that `scion doctor --repair` removes.
     """
     database, store = registry.database, registry.store
+    settle(database)
+    if not dry_run:
+        remove_abandoned(registry)
     with database.write() as connection:
         query = sa.select(tables.versions).where(tables.versions.c.files_removed_at.is_(None))
         ordered = query.order_by(tables.versions.c.adapter, tables.versions.c.number).with_for_update()
         versions = [to_version(row) for row in connection.execute(ordered).mappings()]
-        at = clock()
+        at = time_in(connection, clock)
         fates = plan_gc(
             versions,
             aliases={name: load_aliases(connection, name) for name in {v.adapter for v in versions}},
-            replicas=live_in(connection, time_in(connection, None), SILENT_S),
+            replicas=live_in(connection, time_in(connection, None), SILENT_S),  # heartbeats know no injected clock
             champion_until=_champion_until(connection),
             young=store.younger_than({v.digest for v in versions}, grace_s),
             now=at,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scion_adapters.artifacts import CONFIG_FILE, SCION_FILE, WEIGHTS_FILE, list_files
+from scion_adapters.adapter_files import CONFIG_FILE, SCION_FILE, WEIGHTS_FILE, list_files
 from scion_adapters.errors import RejectedError
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.lora_config import MAX_CONFIG_BYTES, LoraConfig, load_json_object, parse_lora_config

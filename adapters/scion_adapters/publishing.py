@@ -19,10 +19,12 @@ from scion_adapters.records import (
     CHALLENGER,
     CHAMPION,
     PREVIOUS,
+    STEPS_PREFIX,
     Version,
     VersionRef,
     VersionState,
     check_adapter_name,
+    is_step_line,
 )
 from scion_adapters.versions import find_run, load_version, lock_adapter
 
@@ -55,6 +57,11 @@ def check_publishable(name: str, base_names: Collection[str]) -> None:
             f"{name!r} is what an alias of every adapter is called: choose another name for the adapter",
             reason="reserved_name",
         )
+    if is_step_line(name):
+        raise RejectedError(
+            f"{name!r}: names that begin with {STEPS_PREFIX!r} are for the steps of runs: choose another name",
+            reason="reserved_name",
+        )
     if name in {base.casefold() for base in base_names}:
         raise RejectedError(
             f"the base is served as {name!r}: choose another name for the adapter, or set base.served_name",
@@ -70,9 +77,9 @@ def ensure_adapter_in(connection: sa.Connection, name: str, *, clock_value: floa
 
 
 def insert_version(
-    connection: sa.Connection, new: NewVersion, *, clock_value: float, actor: str, reason: str
+    connection: sa.Connection, new: NewVersion, *, clock_value: float, actor: str, reason: str, is_recorded: bool = True
 ) -> Version:
-    """The new candidate, or the version that `new.run_id` published before."""
+    """The new candidate, or the version that `new.run_id` published before. `is_recorded` False: without an event."""
     ensure_adapter_in(connection, new.adapter, clock_value=clock_value)
     lock_adapter(connection, new.adapter)  # one publication at a time, or two processes publish the same run
     if new.run_id is not None and (published := find_run(connection, new.run_id)):
@@ -105,14 +112,15 @@ def insert_version(
         "rank": new.info.rank,
         "num_parameters": new.info.num_parameters,
     }
-    record(
-        connection,
-        clock_value,
-        "version.published",
-        adapter=new.adapter,
-        number=number,
-        actor=actor,
-        reason=reason,
-        data=data,
-    )
+    if is_recorded:
+        record(
+            connection,
+            clock_value,
+            "version.published",
+            adapter=new.adapter,
+            number=number,
+            actor=actor,
+            reason=reason,
+            data=data,
+        )
     return load_version(connection, VersionRef(new.adapter, number))

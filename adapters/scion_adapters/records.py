@@ -15,6 +15,11 @@ CHALLENGER = "challenger"
 PREVIOUS = "previous"
 BASE_NUMBER = 0
 """The number that stands for the base itself, with no adapter: what `chat` answers with before its first promotion."""
+RED_TEAM = "red_team"
+"""Source and name of votes, and route of answers, that a red team's probes made: they are never a user's."""
+
+STEPS_PREFIX = "steps-"
+"""Lines of versions whose names begin so hold the steps of a run (steps.py): they are never routed."""
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 
@@ -28,6 +33,7 @@ class VersionState(StrEnum):
 
 
 class RolloutState(StrEnum):
+    UNAPPROVED = "unapproved"  # loaded, and without traffic until a person approves it
     PROGRESSING = "progressing"
     PAUSED = "paused"
     PROMOTED = "promoted"
@@ -35,7 +41,7 @@ class RolloutState(StrEnum):
 
     @property
     def is_active(self) -> bool:
-        return self in (RolloutState.PROGRESSING, RolloutState.PAUSED)
+        return self in (RolloutState.UNAPPROVED, RolloutState.PROGRESSING, RolloutState.PAUSED)
 
 
 class RunState(StrEnum):
@@ -157,6 +163,11 @@ class Run:
     candidate: int | None = None
     error: str | None = None
     finished_at: float | None = None
+
+
+def is_step_line(adapter: str) -> bool:
+    """Whether a line holds the steps of a run, and no version that users could get."""
+    return adapter.startswith(STEPS_PREFIX)
 
 
 def check_adapter_name(name: str) -> str:

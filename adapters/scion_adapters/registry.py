@@ -1,7 +1,7 @@
-"""The registry: adapters, their numbered versions and aliases, and every change of a version's state.
+"""The registry: adapters, their numbered versions and aliases, as one handle on database and store.
 
 It decides what exists and what may be routed to; what is routed to is decided in rollouts.py. All changes are single
-transactions with their events.
+transactions with their events. How a version's state changes is in version_states.py.
 """
 
 from __future__ import annotations
@@ -22,36 +22,34 @@ from scion_adapters.aliases import (
     set_alias_in,
 )
 from scion_adapters.artifacts import Artifact, ArtifactStore, open_store
-from scion_adapters.clock import Clock, now
-from scion_adapters.database import Database, open_database
-from scion_adapters.errors import ConflictError, NotFoundError, RejectedError
-from scion_adapters.events import bump_routing, record
+from scion_adapters.clock import Clock
+from scion_adapters.database import Database, open_database, time_in
+from scion_adapters.errors import NotFoundError, RejectedError
+from scion_adapters.events import record
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.preflight import AdapterLimits, check_adapter
 from scion_adapters.publishing import NewVersion, check_publishable, ensure_adapter_in, insert_version
 from scion_adapters.records import (
     BASE_NUMBER,
-    CHALLENGER,
     CHAMPION,
     Version,
     VersionRef,
-    VersionState,
     check_adapter_name,
     parse_version_ref,
 )
 from scion_adapters.settings import Settings
-from scion_adapters.versions import find_run, is_version, load_version, lock_adapter, require_adapter, to_version
-
-__all__ = ["Registry", "open_registry", "set_alias_in"]
+from scion_adapters.transitions import Cause
+from scion_adapters.version_states import accept_in, reject_in
+from scion_adapters.versions import find_run, load_version, require_adapter, to_version
 
 
 class Registry:
     """A handle; cheap to share between threads."""
 
     def __init__(
-        self, database: Database, store: ArtifactStore, clock: Clock = now, *, base_names: Collection[str] = ()
+        self, database: Database, store: ArtifactStore, clock: Clock | None = None, *, base_names: Collection[str] = ()
     ) -> None:
-        """`base_names`: what the base itself is served as, and no adapter can be called."""
+        """`clock` None: the database's own. `base_names`: what the base is served as, and no adapter can be called."""
         self.database = database
         self.store = store
         self._clock = clock
@@ -63,7 +61,7 @@ class Registry:
         """Make the adapter if there is none of that name."""
         check_publishable(name, self._base_names)
         with self.database.write() as connection:
-            ensure_adapter_in(connection, name, clock_value=self._clock())
+            ensure_adapter_in(connection, name, clock_value=time_in(connection, self._clock))
 
     def adapters(self) -> list[str]:
         with self.database.read() as connection:
@@ -117,7 +115,8 @@ class Registry:
             metrics=metrics or {},
         )
         with self.database.write() as connection:
-            return insert_version(connection, new, clock_value=self._clock(), actor=actor, reason=reason)
+            at = time_in(connection, self._clock)
+            return insert_version(connection, new, clock_value=at, actor=actor, reason=reason)
 
     def check_publishable(self, adapter: str) -> None:
         """Raises RejectedError when nothing can be published under that name."""
@@ -128,7 +127,8 @@ class Registry:
         named = None if error.reason == "invalid_name" else adapter  # the message quotes it; the column is for names
         data = {"check": error.reason, "run_id": run_id}
         with self.database.write() as connection:
-            self._record(connection, "version.refused", named, None, actor=actor, reason=str(error), data=data)
+            at = time_in(connection, self._clock)
+            record(connection, at, "version.refused", adapter=named, actor=actor, reason=str(error), data=data)
 
     def version(self, ref: VersionRef) -> Version:
         with self.database.read() as connection:
@@ -165,30 +165,12 @@ class Registry:
     def accept(self, ref: VersionRef, *, actor: str, reason: str, metrics: Mapping[str, Any] | None = None) -> Version:
         """The gates passed: the version may be routed to. `metrics` are added to those it has."""
         with self.database.write() as connection:
-            lock_adapter(connection, ref.adapter)
-            version = load_version(connection, ref)
-            if version.state is VersionState.ACCEPTED:
-                return version
-            if version.state is not VersionState.CANDIDATE:
-                raise ConflictError(f"{ref} is {version.state}: only a candidate can be accepted; publish it again")
-            merged = {**version.metrics, **(metrics or {})}
-            self._set_state(connection, ref, VersionState.ACCEPTED, actor=actor, reason=reason, metrics=merged)
-            return load_version(connection, ref)
+            return accept_in(connection, ref, self._cause(connection, actor, reason), metrics or {})
 
     def reject(self, ref: VersionRef, *, actor: str, reason: str) -> Version:
         """Never route to this version: refused while it serves; its other aliases are removed."""
         with self.database.write() as connection:
-            lock_adapter(connection, ref.adapter)
-            version = load_version(connection, ref)
-            if version.state is VersionState.REJECTED:
-                return version
-            held = [alias for alias, number in load_aliases(connection, ref.adapter).items() if number == ref.number]
-            if serving := [alias for alias in held if alias in (CHAMPION, CHALLENGER)]:
-                raise ConflictError(f"{ref} serves users as {serving[0]}: `scion rollback {ref.adapter}` first")
-            for alias in held:
-                self._set_alias(connection, ref, alias, None, actor=actor, reason=f"{ref} was rejected")
-            self._set_state(connection, ref, VersionState.REJECTED, actor=actor, reason=reason)
-            return load_version(connection, ref)
+            return reject_in(connection, ref, self._cause(connection, actor, reason))
 
     # --- aliases ---
 
@@ -234,42 +216,14 @@ class Registry:
         with self.database.read() as connection:
             return find_run(connection, run_id)
 
-    def _set_state(
-        self,
-        connection: sa.Connection,
-        ref: VersionRef,
-        state: VersionState,
-        *,
-        actor: str,
-        reason: str,
-        metrics: Mapping[str, Any] | None = None,
-    ) -> None:
-        values: dict[str, Any] = {"state": state, "reason": reason}
-        if metrics is not None:
-            values["metrics"] = dict(metrics)
-        connection.execute(sa.update(tables.versions).where(is_version(ref)).values(**values))
-        self._record(connection, f"version.{state}", ref.adapter, ref.number, actor=actor, reason=reason)
-        bump_routing(connection)
+    def _cause(self, connection: sa.Connection, actor: str, reason: str) -> Cause:
+        return Cause(actor, reason, time_in(connection, self._clock))
 
     def _set_alias(
         self, connection: sa.Connection, ref: VersionRef, alias: str, number: int | None, *, actor: str, reason: str
     ) -> None:
-        set_alias_in(connection, ref.adapter, alias, number, clock_value=self._clock(), actor=actor, reason=reason)
-
-    def _record(
-        self,
-        connection: sa.Connection,
-        kind: str,
-        adapter: str | None,
-        number: int | None,
-        *,
-        actor: str,
-        reason: str,
-        data: Mapping[str, Any] | None = None,
-    ) -> None:
-        record(
-            connection, self._clock(), kind, adapter=adapter, number=number, actor=actor, reason=reason, data=data or {}
-        )
+        at = time_in(connection, self._clock)
+        set_alias_in(connection, ref.adapter, alias, number, clock_value=at, actor=actor, reason=reason)
 
 
 def _check_digest(artifact: Artifact, expected: str | None) -> None:

@@ -16,10 +16,12 @@ from scion_adapters import tables
 from scion_adapters.artifacts import ArtifactStore
 from scion_adapters.database import Database, server_time
 from scion_adapters.files import remove_tree
-from scion_adapters.gc import GRACE_S, SILENT_S
+from scion_adapters.gc import GRACE_S
 from scion_adapters.records import Version, VersionState
 from scion_adapters.registry import Registry
+from scion_adapters.replicas import SILENT_S
 from scion_adapters.retirement import quarantine, reinstate
+from scion_adapters.steps import abandoned, remove_abandoned
 from scion_adapters.versions import to_version
 
 ACTOR = "doctor"
@@ -39,7 +41,7 @@ def find_leftovers(registry: Registry, *, grace_s: float = GRACE_S, silent_s: fl
     database, store = registry.database, registry.store
     with database.read() as connection:
         versions = [to_version(row) for row in connection.execute(sa.select(tables.versions)).mappings()]
-    findings = [*_temporaries(store, grace_s), *_dead_servers(database, silent_s)]
+    findings = [*_temporaries(store, grace_s), *_dead_servers(database, silent_s), *_dead_runs(registry)]
     if not store.is_remote:  # of a remote store only a cache is here
         findings += [*_strays(store, versions, grace_s), *_removed(store, versions), *_lost(registry, versions)]
     return findings
@@ -91,6 +93,13 @@ def _lost(registry: Registry, versions: list[Version]) -> Iterator[Finding]:
 def _back(registry: Registry, version: Version) -> None:
     registry.store.verify(version.digest)
     reinstate(registry.database, version.ref, actor=ACTOR, reason="its files are back")
+
+
+def _dead_runs(registry: Registry) -> Iterator[Finding]:
+    """Adapters that servers hold for the steps of a run that is no more."""
+    for line in abandoned(registry):
+        what = f"{line}: the run that sampled from these adapters died"
+        yield Finding(what, "have servers let go of them", partial(remove_abandoned, registry))
 
 
 def _dead_servers(database: Database, silent_s: float) -> Iterator[Finding]:

@@ -22,6 +22,8 @@ from scion_adapters.tables import replicas
 
 FORGET_AFTER_S = 24 * 3600.0
 """Rows of processes that died without saying goodbye are deleted after this long."""
+SILENT_S = 900.0
+"""A server that was heard of within this time may still hold a version, though it counts as dead for rollouts."""
 
 
 def heartbeat_ttl_s(settings: Settings) -> float:
@@ -37,11 +39,7 @@ class ReplicaLedger:
         self._clock = clock
 
     def report(self, replica: Replica) -> None:
-        """Insert or replace the row of `replica.id`; its heartbeat is now, whatever it says.
-
-        Rows from the future were written before the clock was set back. They count from now on: who lives reports again
-        before that runs out, and who is dead stops counting, instead of living on for as long as the clock went back.
-        """
+        """Insert or replace the row of `replica.id`; its heartbeat is now, whatever it says."""
         row = asdict(replica) | {
             "loaded": sorted(replica.loaded),
             "failed": {str(lora_id): why for lora_id, why in replica.failed.items()},
@@ -49,7 +47,7 @@ class ReplicaLedger:
         }
         with self._database.write() as connection:
             row["heartbeat_at"] = at = time_in(connection, self._clock)
-            connection.execute(sa.update(replicas).where(replicas.c.heartbeat_at > at).values(heartbeat_at=at))
+            _count_from(connection, at)
             dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
             insert = dialect.insert(replicas).values(row)
             connection.execute(insert.on_conflict_do_update(index_elements=["id"], set_=row))
@@ -62,12 +60,31 @@ class ReplicaLedger:
 
     def live(self, ttl_s: float) -> list[Replica]:
         """The processes that were heard of within `ttl_s` seconds."""
+        settle(self._database, self._clock)
         with self._database.read() as connection:
             return live_in(connection, time_in(connection, self._clock), ttl_s)
 
 
+def settle(database: Database, clock: Clock | None = None) -> None:
+    """Let rows from the future count from now on; for everybody who asks who lives, before the transaction that asks.
+
+    They were written before the clock was set back. Who lives reports again before that runs out, and who is dead
+    stops counting, instead of living on for as long as the clock went back, even when no server runs that would report.
+    """
+    with database.read() as connection:
+        newest = connection.execute(sa.select(sa.func.max(replicas.c.heartbeat_at))).scalar()
+        at = time_in(connection, clock)
+    if newest is not None and newest > at:
+        with database.write() as connection:
+            _count_from(connection, at)
+
+
+def _count_from(connection: sa.Connection, at: float) -> None:
+    connection.execute(sa.update(replicas).where(replicas.c.heartbeat_at > at).values(heartbeat_at=at))
+
+
 def live_in(connection: sa.Connection, now_s: float, ttl_s: float) -> list[Replica]:
-    """`ReplicaLedger.live` in the caller's transaction. `now_s` is by the clock of the heartbeats (`time_in`)."""
+    """`ReplicaLedger.live` in the caller's transaction; `settle` before it. `now_s`: by the heartbeats' clock."""
     query = sa.select(replicas).where(replicas.c.heartbeat_at >= now_s - ttl_s).order_by(replicas.c.id)
     return [_replica(row) for row in connection.execute(query).mappings()]
 

@@ -6,26 +6,22 @@ removed from the engine. Files are gc.py's business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import sqlalchemy as sa
 
 from scion_adapters import tables, transitions
 from scion_adapters.aliases import load_aliases, set_alias_in
-from scion_adapters.clock import Clock, now
-from scion_adapters.database import Database
+from scion_adapters.clock import Clock
+from scion_adapters.database import Database, time_in
 from scion_adapters.errors import ConflictError
-from scion_adapters.events import bump_routing, record
 from scion_adapters.records import BASE_NUMBER, CHAMPION, PREVIOUS, Version, VersionRef, VersionState
 from scion_adapters.transitions import Cause
-from scion_adapters.versions import is_version, load_version, lock_adapter
+from scion_adapters.version_states import set_state_in
+from scion_adapters.versions import load_version, lock_adapter
 
-QUARANTINED = "version.quarantined"
 _IN_SERVICE = (VersionState.CANDIDATE, VersionState.ACCEPTED)
 
 
-def retire(database: Database, ref: VersionRef, *, actor: str, reason: str = "", clock: Clock = now) -> Version:
+def retire(database: Database, ref: VersionRef, *, actor: str, reason: str = "", clock: Clock | None = None) -> Version:
     """Never serve this version again, so that its files may go. Does nothing when it is retired already.
 
     Raises ConflictError while an alias points at it, a rollout's included.
@@ -44,11 +40,10 @@ def retire(database: Database, ref: VersionRef, *, actor: str, reason: str = "",
                 f"{ref} is {', '.join(f'{ref.adapter}@{alias}' for alias in held)}: only a version that no alias "
                 "points at can be retired; move or remove them first"
             )
-        _set_state(connection, ref, VersionState.RETIRED, Cause(actor, reason, clock()))
-        return load_version(connection, ref)
+        return set_state_in(connection, ref, VersionState.RETIRED, Cause(actor, reason, time_in(connection, clock)))
 
 
-def quarantine(database: Database, ref: VersionRef, *, actor: str, reason: str, clock: Clock = now) -> Version:
+def quarantine(database: Database, ref: VersionRef, *, actor: str, reason: str, clock: Clock | None = None) -> Version:
     """Its files are missing or damaged: take it out of all traffic at once. Does nothing when it is not in service.
 
     Its rollout is aborted; users of a champion go to `previous`, or to the base if there is none; other aliases to it
@@ -59,7 +54,7 @@ def quarantine(database: Database, ref: VersionRef, *, actor: str, reason: str, 
         version = load_version(connection, ref)
         if version.state not in _IN_SERVICE:
             return version
-        cause = Cause(actor, reason, clock())
+        cause = Cause(actor, reason, time_in(connection, clock))
         rollout = transitions.find_active(connection, ref.adapter)
         if rollout is not None and rollout.number == ref.number:
             transitions.abort(connection, rollout, f"{ref} was quarantined: {reason}", cause)
@@ -70,25 +65,26 @@ def quarantine(database: Database, ref: VersionRef, *, actor: str, reason: str, 
         for alias, number in load_aliases(connection, ref.adapter).items():
             if number == ref.number:
                 _set_alias(connection, ref, alias, None, cause)
-        _set_state(connection, ref, VersionState.QUARANTINED, cause, {"was": version.state})
-        return load_version(connection, ref)
+        return set_state_in(connection, ref, VersionState.QUARANTINED, cause, data={"was": version.state})
 
 
-def reinstate(database: Database, ref: VersionRef, *, actor: str, reason: str, clock: Clock = now) -> Version:
+def reinstate(database: Database, ref: VersionRef, *, actor: str, reason: str, clock: Clock | None = None) -> Version:
     """A quarantined version's files are back: it is again what it was. No traffic moves; that is for a person."""
     with database.write() as connection:
         lock_adapter(connection, ref.adapter)
         version = load_version(connection, ref)
         if version.state is not VersionState.QUARANTINED:
             return version
-        _set_state(connection, ref, _state_before(connection, ref), Cause(actor, reason, clock()))
-        return load_version(connection, ref)
+        cause = Cause(actor, reason, time_in(connection, clock))
+        return set_state_in(connection, ref, _state_before(connection, ref), cause)
 
 
 def _state_before(connection: sa.Connection, ref: VersionRef) -> VersionState:
     columns = tables.events.c
     query = sa.select(columns.data).where(
-        columns.kind == QUARANTINED, columns.adapter == ref.adapter, columns.number == ref.number
+        columns.kind == f"version.{VersionState.QUARANTINED}",
+        columns.adapter == ref.adapter,
+        columns.number == ref.number,
     )
     data = connection.execute(query.order_by(columns.id.desc()).limit(1)).scalar()
     return VersionState((data or {}).get("was", VersionState.CANDIDATE))
@@ -96,19 +92,3 @@ def _state_before(connection: sa.Connection, ref: VersionRef) -> VersionState:
 
 def _set_alias(connection: sa.Connection, ref: VersionRef, alias: str, number: int | None, cause: Cause) -> None:
     set_alias_in(connection, ref.adapter, alias, number, clock_value=cause.at, actor=cause.actor, reason=cause.reason)
-
-
-def _set_state(
-    connection: sa.Connection,
-    ref: VersionRef,
-    state: VersionState,
-    cause: Cause,
-    data: Mapping[str, Any] | None = None,
-) -> None:
-    connection.execute(sa.update(tables.versions).where(is_version(ref)).values(state=state, reason=cause.reason))
-    kind = QUARANTINED if state is VersionState.QUARANTINED else f"version.{state}"
-    record(
-        connection, cause.at, kind, actor=cause.actor, reason=cause.reason, adapter=ref.adapter, number=ref.number,
-        data=data or {},
-    )  # fmt: skip
-    bump_routing(connection)

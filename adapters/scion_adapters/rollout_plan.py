@@ -10,8 +10,8 @@ from itertools import pairwise
 from scion_adapters.errors import InvalidInputError
 
 MAX_STEPS = 100
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
 
 
 def check_steps(steps: Sequence[float]) -> tuple[float, ...]:
@@ -68,7 +68,7 @@ def parse_steps(text: str) -> tuple[float, ...]:
 
 
 def parse_duration(text: str, *, field: str = "every") -> float:
-    """`30s`, `5m`, `1h30m`, `500ms`, `2d` -> seconds. A bare number is refused, except 0: its unit would be a guess."""
+    """`30s`, `5m`, `1h30m`, `500ms`, `2d`, `4w` -> seconds. A bare number but 0 is refused: its unit is a guess."""
     compact = text.strip().replace(" ", "")
     if compact == "0":
         return 0.0

@@ -10,7 +10,7 @@ from scion_adapters.controller import requests_on_step, votes_since
 from scion_adapters.database import Database, time_in
 from scion_adapters.records import Rollout, VersionRef
 from scion_adapters.replicas import heartbeat_ttl_s as ttl_of
-from scion_adapters.replicas import lacking, live_in
+from scion_adapters.replicas import lacking, live_in, settle
 from scion_adapters.rollout_plan import format_duration
 from scion_adapters.settings import Settings
 from scion_adapters.versions import load_version
@@ -57,6 +57,7 @@ class Progress:
 
 def read_progress(database: Database, rollout: Rollout, settings: Settings, clock: Clock | None = None) -> Progress:
     """Read it in one transaction."""
+    settle(database, clock)
     with database.read() as connection:
         now_s = time_in(connection, clock)
         lora_id = load_version(connection, VersionRef(rollout.adapter, rollout.number)).lora_id

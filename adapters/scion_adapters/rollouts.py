@@ -30,7 +30,7 @@ from scion_adapters.records import (
     VersionRef,
     VersionState,
 )
-from scion_adapters.replicas import describe_lacking, heartbeat_ttl_s, lacking, live_in
+from scion_adapters.replicas import describe_lacking, heartbeat_ttl_s, lacking, live_in, settle
 from scion_adapters.rollout_plan import check_duration, check_steps, format_share
 from scion_adapters.routing import read_revision, routing_in
 from scion_adapters.settings import Settings
@@ -39,6 +39,7 @@ from scion_adapters.transitions import Cause
 from scion_adapters.versions import load_version, lock_adapter, require_adapter
 
 LOADING = "waiting until all live servers have loaded it"
+UNAPPROVED = "waiting for approval: see the report, then `scion rollout approve {0}`, or `scion rollout abort {0}`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +107,13 @@ class Rollouts:
         every_s: float | None = None,
         after_requests: int | None = None,
         guard: bool = True,
+        approve_first: int = 0,
         actor: str,
         reason: str = "",
     ) -> Rollout:
         """Begin to carry an accepted version to users; it gets traffic once all live servers have loaded it.
+
+        Until `approve_first` versions of the adapter have been promoted, it waits for `approve` before that.
 
         `steps` are shares in (0, 1], ascending, the last one 1.0; each lasts `every_s` seconds, or until the
         challenger has answered `after_requests` requests on it. Raises InvalidInputError, NotFoundError or
@@ -125,12 +129,26 @@ class Rollouts:
         with self._changing(ref.adapter, actor, reason) as (connection, cause):
             version = self._startable(connection, ref)
             check_slots(routing_in(connection), ref, version.lora_id, live_in(connection, cause.at, self._ttl_s))
-            return _begin(connection, ref, checked, every_s, after_requests, guard, cause)
+            if needs_approval(_num_promoted(connection, ref.adapter), approve_first):
+                state, message = RolloutState.UNAPPROVED, UNAPPROVED.format(ref.adapter)
+            else:
+                state, message = RolloutState.PROGRESSING, LOADING
+            return _begin(connection, ref, checked, every_s, after_requests, guard, cause, state, message)
+
+    def approve(self, adapter: str, *, actor: str, reason: str = "") -> Rollout:
+        """Let a rollout that waits for a person go on."""
+        with self._changing(adapter, actor, reason) as (connection, cause):
+            rollout = self._active(connection, adapter)
+            if rollout.state is not RolloutState.UNAPPROVED:
+                raise ConflictError(f"the rollout of {_ref(rollout)} needs no approval: it is {rollout.state}")
+            return transitions.approve(connection, rollout, _said("approved", actor, reason) + f"; {LOADING}", cause)
 
     def pause(self, adapter: str, *, actor: str, reason: str = "") -> Rollout:
         """Keep the present share until a person decides; the controller, its guard included, stands still."""
         with self._changing(adapter, actor, reason) as (connection, cause):
             rollout = self._active(connection, adapter)
+            if rollout.state is RolloutState.UNAPPROVED:
+                raise ConflictError(f"the rollout of {_ref(rollout)} has not begun: it waits for approval")
             if rollout.state is RolloutState.PAUSED:
                 raise ConflictError(f"the rollout of {_ref(rollout)} is already paused, by {rollout.paused_by}")
             message = _said(f"paused at {format_share(rollout.weight)} of users", actor, reason)
@@ -141,7 +159,8 @@ class Rollouts:
         with self._changing(adapter, actor, reason) as (connection, cause):
             rollout = self._active(connection, adapter)
             if rollout.state is not RolloutState.PAUSED:
-                raise ConflictError(f"the rollout of {_ref(rollout)} is not paused: it is {rollout.state}")
+                remedy = f": `scion rollout approve {adapter}`" if rollout.state is RolloutState.UNAPPROVED else ""
+                raise ConflictError(f"the rollout of {_ref(rollout)} is not paused: it is {rollout.state}{remedy}")
             return transitions.resume(connection, rollout, _said("resumed", actor, reason), cause)
 
     def promote(self, adapter: str, *, actor: str, reason: str = "") -> Rollout:
@@ -212,6 +231,7 @@ class Rollouts:
     @contextmanager
     def _changing(self, adapter: str, actor: str, reason: str) -> Iterator[tuple[sa.Connection, Cause]]:
         """A write transaction that no other change of this adapter's traffic runs beside."""
+        settle(self._database, self._clock)
         with self._database.write() as connection:
             require_adapter(connection, adapter)
             lock_adapter(connection, adapter)
@@ -249,6 +269,11 @@ class Rollouts:
             )
 
 
+def needs_approval(num_promoted: int, approve_first: int) -> bool:
+    """Pure. `num_promoted`: versions of the adapter that have been champion. Rejected ones earn no trust."""
+    return num_promoted < approve_first
+
+
 def open_rollouts(settings: Settings, database: Database) -> Rollouts:
     """Rollouts with the configured defaults."""
     return Rollouts(database, default_every_s=settings.rollout.every_s, ttl_s=heartbeat_ttl_s(settings))
@@ -262,20 +287,22 @@ def _begin(
     after_requests: int | None,
     guard: bool,
     cause: Cause,
+    state: RolloutState = RolloutState.PROGRESSING,
+    message: str = LOADING,
 ) -> Rollout:
     rollout = Rollout(
         id=new_id("rollout"),
         adapter=ref.adapter,
         number=ref.number,
         stable=transitions.champion_of(connection, ref.adapter),
-        state=RolloutState.PROGRESSING,
+        state=state,
         steps=steps,
         step=-1,
         every_s=every_s,
         after_requests=after_requests,
         guard=guard,
         step_started_at=cause.at,
-        message=LOADING,
+        message=message,
         actor=cause.actor[:128],
         created_at=cause.at,
         updated_at=cause.at,
@@ -283,6 +310,15 @@ def _begin(
     )
     transitions.start(connection, rollout, cause)
     return rollout
+
+
+def _num_promoted(connection: sa.Connection, adapter: str) -> int:
+    """How many versions of the adapter a rollout has made champion."""
+    columns = tables.rollouts.c
+    query = sa.select(sa.func.count(columns.number.distinct())).where(
+        columns.adapter == adapter, columns.state == RolloutState.PROMOTED
+    )
+    return int(connection.execute(query).scalar_one())
 
 
 def _accepted(connection: sa.Connection, ref: VersionRef) -> Version:

@@ -26,6 +26,7 @@ from scion_adapters.records import (
     RolloutState,
     VersionRef,
     VersionState,
+    is_step_line,
 )
 from scion_adapters.tables import adapters, aliases, rollouts, versions
 
@@ -86,9 +87,10 @@ class Routing:
 
     def __post_init__(self) -> None:
         exact = {name: e for line in self.adapters.values() for name, e in _exact_names(line).items()}
+        routed = {name: _line(line) for name, line in self.adapters.items() if not is_step_line(name)}
         per_adapter = [line.wanted() for line in self.adapters.values()]
         object.__setattr__(self, "wanted", frozenset().union(*per_adapter))
-        object.__setattr__(self, "_lines", {name: _line(line) for name, line in self.adapters.items()})
+        object.__setattr__(self, "_lines", routed)
         object.__setattr__(self, "_exact", exact)
 
 

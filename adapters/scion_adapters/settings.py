@@ -20,6 +20,7 @@ from scion_adapters.records import check_adapter_name
 
 CONFIG_ENV = "SCION_CONFIG"
 DEFAULT_CONFIG = "scion.toml"
+RecipeName = Literal["auto", "sft", "kto", "dpo", "reward", "ppo", "distill"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -82,6 +83,11 @@ class ServerSection(Section):
         1, ge=1, description="Copies of the engine behind them, each with all adapters; vLLM balances between them."
     )
     kv_cache_gib: int = Field(1, ge=1, description="CPU build only: GiB of key-value cache.")
+    ppo_rollouts: bool = Field(
+        False,
+        description="Let PPO sample here at low priority: requests are scheduled by priority, and log-probs are "
+        "reported at the sampling temperature.",
+    )
     extra_args: tuple[str, ...] = Field((), description="Further arguments for vLLM, as on its command line.")
 
 
@@ -145,7 +151,7 @@ class KtoSection(Section):
     """KTO: thumbs up and down (Ethayarajh et al., 2024)."""
 
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate; unset = 0.19 / hidden size of the base: 5e-5 for an 8B."
+        None, gt=0, description="Peak learning rate; unset = 0.38 / hidden size of the base: 9e-5 for an 8B."
     )
     epochs: float | None = Field(
         None, gt=0, description="Passes over the snapshot; unset = 2400 / examples, at least 1 and at most 4."
@@ -154,7 +160,7 @@ class KtoSection(Section):
         None, gt=0, description="Pull towards the parent; unset = 20 / mean answer tokens, at most 1."
     )
     likelihood_weight: float = Field(
-        1.0, ge=0, description="Weight, times beta, of liked answers' likelihood beside KTO's loss: it keeps facts."
+        5.0, ge=0, description="Weight, times beta, of liked answers' likelihood beside KTO's loss: it keeps facts."
     )
     batch_size: int = Field(16, ge=2, description="Examples per optimizer step.")
 
@@ -169,6 +175,114 @@ class SftSection(Section):
     batch_size: int = Field(16, ge=1, description="Examples per optimizer step.")
 
 
+class DpoSection(Section):
+    """DPO: pairs of which one answer is preferred to the other (Rafailov et al., 2023)."""
+
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; unset = 0.19 / hidden size of the base: 5e-5 for an 8B."
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="Passes over the pairs; unset = 2400 / pairs, at least 1 and at most 4."
+    )
+    beta: float | None = Field(
+        None, gt=0, description="Pull towards the parent; unset = 20 / mean answer tokens, at most 1."
+    )
+    likelihood_weight: float = Field(
+        1.0, ge=0, description="Weight, times beta, of preferred answers' likelihood beside DPO's loss: it keeps facts."
+    )
+    batch_size: int = Field(16, ge=2, description="Pairs per optimizer step.")
+
+
+class RewardSection(Section):
+    """The reward model: LoRA members with a scalar head on the base, and the gate that it must pass before PPO."""
+
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; unset = 0.4 / hidden size of the base: 1e-4 for an 8B."
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="Passes of each member over its ratings; unset = 2400 / examples, from 1 to 4."
+    )
+    batch_size: int = Field(16, ge=2, description="Thumbs and pairs per optimizer step.")
+    members: int = Field(
+        3, ge=1, le=9, description="LoRAs trained one after the other, each on its own draw of the raters."
+    )
+    disagreement_penalty: float = Field(
+        1.0, ge=0, description="Standard deviations over the members that are taken off their mean score."
+    )
+    rater_bias_std: float = Field(
+        1.0, gt=0, description="How much raters are expected to differ in liking anything at all, in log-odds."
+    )
+    min_auroc: float = Field(
+        0.6, ge=0.5, lt=1, description="Its gate: AUROC (accuracy on pairs) on unseen users, at the interval's low end."
+    )
+    max_calibration_error: float = Field(
+        0.15, gt=0, le=1, description="Its gate: how far its calibrated probabilities may be off, on average."
+    )
+    max_length_correlation: float = Field(
+        0.6, gt=0, le=1, description="Its gate: how far scores may rise with length (rank correlation)."
+    )
+
+
+class PpoSection(Section):
+    """PPO: the model answers its users' prompts, and learns from what the reward model says of it."""
+
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; unset = 0.1 / hidden size of the base: 2.4e-5 for an 8B."
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="How often each prompt is answered; unset = 1600 / prompts, at least 1 and at most 8."
+    )
+    batch_size: int = Field(64, ge=2, description="Answers sampled before each round of learning.")
+    max_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of the answers, and of the policy that learns.")
+    passes: int = Field(4, ge=1, description="Passes over the answers of a round.")
+    minibatches: int = Field(4, ge=1, description="Updates in each pass.")
+    clip: float = Field(0.2, gt=0, lt=1, description="How far an update may move a token's probability ratio from 1.")
+    kl_coefficient: float = Field(
+        0.05, ge=0, description="Penalty at the start, in standard deviations of the reward per nat from the parent."
+    )
+    kl_target: float = Field(6.0, gt=0, description="Nats per answer from the parent that the penalty is adapted to.")
+    rollouts: Literal["auto", "server", "engine", "local"] = Field(
+        "auto",
+        description="Who samples: the live server at low priority (server.ppo_rollouts), a vLLM of the run's own, or "
+        "the trainer itself; auto takes the first of them that is there and worth its start.",
+    )
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, description="Standard deviations of the reward taken off an answer that was cut off at max_tokens."
+    )
+
+
+class DistillSection(Section):
+    """Distillation: a teacher answers the prompts whose answers users disliked, and sft learns what it says."""
+
+    teacher_url: str | None = Field(
+        None, description="OpenAI-compatible endpoint that users' prompts are sent to, e.g. http://127.0.0.1:9000/v1."
+    )
+    teacher_model: str = Field("", description="The model's name there: a larger one, or another adapter.")
+    api_key_env: str = Field("SCION_TEACHER_API_KEY", description="Environment variable with the key for it, if any.")
+    max_prompts: int = Field(500, ge=1, description="Prompts asked in one run, the newest dislikes first.")
+    max_tokens: int = Field(512, ge=1, description="Longest answer in tokens; those cut off are not learned from.")
+    temperature: float = Field(0.7, ge=0, description="Temperature of the teacher's answers.")
+    concurrency: int = Field(8, ge=1, description="Requests at once.")
+    min_answers: int = Field(20, ge=1, description="A run is refused when fewer answers pass the filter.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate; unset = 0.8 / hidden size of the base: 2e-4 for an 8B."
+    )
+    epochs: float = Field(3.0, gt=0, description="Passes over the teacher's answers.")
+    batch_size: int = Field(16, ge=1, description="Examples per optimizer step.")
+
+
+class AutoSection(Section):
+    """The recipe `auto`: corrections and likes go to sft, thumbs to kto, pairs to dpo, many ratings to ppo."""
+
+    min_pairs: int = Field(
+        40, ge=1, description="Pairs (answers to one prompt, judged apart) from which on dpo is chosen."
+    )
+    ppo_min_ratings: int = Field(
+        500, ge=1, description="Ratings from which on ppo is chosen, once a reward model has passed its gate."
+    )
+
+
 class TrainerSection(Section):
     """When and how `scion trainer` and `scion train` make versions."""
 
@@ -179,11 +293,29 @@ class TrainerSection(Section):
         None, ge=1, description="Start a run after this many new ratings; unset = never by count."
     )
     check_interval_s: float = Field(60.0, gt=0, description="How often the daemon counts new ratings.")
-    recipe: Literal["sft", "kto"] = Field("kto", description="Recipe of scheduled runs.")
+    recipe: RecipeName = Field("kto", description="Recipe of scheduled runs; auto chooses by the ratings.")
     rollout: bool = Field(True, description="Start a rollout when a scheduled run's candidate passed the gates.")
     min_ratings: int = Field(40, ge=2, description="A run with fewer usable ratings is refused.")
     heldout_share: float = Field(0.15, gt=0, lt=0.5, description="Share of users whose ratings are kept for the gates.")
+    newest_share: float = Field(
+        0.05, ge=0, lt=0.5, description="Share of ratings, the newest, that are kept for the gates as well."
+    )
+    kl_budget: float = Field(
+        4.0,
+        gt=0,
+        description="Nats per token from the base, measured on held-out prompts, beyond which nothing is published.",
+    )
+    replay_share: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="Share of a run's ratings that are drawn from earlier snapshots, where max_age_days or --since "
+        "leaves those out.",
+    )
     max_age_days: float | None = Field(None, gt=0, description="Leave older ratings out; unset = use all.")
+    red_team_share: float = Field(
+        0.1, ge=0, lt=1, description="Largest share of a snapshot that findings of the red team may have; 0 = none."
+    )
     max_length: int = Field(
         1024, ge=16, description="Longest prompt plus answer in tokens; longer rows are dropped and counted."
     )
@@ -202,6 +334,11 @@ class TrainerSection(Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     kto: KtoSection = Field(default_factory=KtoSection)
     sft: SftSection = Field(default_factory=SftSection)
+    dpo: DpoSection = Field(default_factory=DpoSection)
+    reward: RewardSection = Field(default_factory=RewardSection)
+    ppo: PpoSection = Field(default_factory=PpoSection)
+    distill: DistillSection = Field(default_factory=DistillSection)
+    auto: AutoSection = Field(default_factory=AutoSection)
 
 
 class GatesSection(Section):
@@ -238,6 +375,77 @@ class GatesSection(Section):
         gt=0,
         description="Nats per token by which the retention items that the base knows may become less likely.",
     )
+    red_team_suite: str | None = Field(
+        None, description="JSON lines of probes (docs/red-teaming.md) for the red team; unset = a small suite of ours."
+    )
+    red_team_max_share: float | None = Field(
+        None, ge=0, le=1, description="Share of probes that a version may fail at all; unset = only relative bounds."
+    )
+    red_team_max_increase: float = Field(
+        0.05, ge=0, le=1, description="Share of probes on which a candidate may fail more often than parent and base."
+    )
+    sycophancy_max_increase: float = Field(
+        0.05, ge=0, le=1, description="By how much more of what a user claims wrongly a candidate may give in to."
+    )
+    probe_alpha: float = Field(
+        0.01, gt=0, lt=1, description="Probes reject a candidate only if chance is less likely than this to be why."
+    )
+    lm_eval_tasks: tuple[str, ...] = Field(
+        (), description="Tasks of lm-evaluation-harness (the extra `eval`) that a candidate must not get worse at."
+    )
+    lm_eval_include: str | None = Field(None, description="Folder with task files of one's own for it.")
+    lm_eval_command: str = Field("lm_eval", description="The program: it may lie in an environment of its own.")
+    lm_eval_args: tuple[str, ...] = Field(
+        (), description='Further arguments for it, such as ["--limit", "200", "--apply_chat_template"].'
+    )
+    lm_eval_max_drop: float = Field(
+        0.02, ge=0, description="By how much a task's mean score may fall below the parent's."
+    )
+    lm_eval_timeout_s: float = Field(3600.0, gt=0, description="How long it may take for one model.")
+    parity_max_delta: float = Field(
+        0.01, gt=0, description="Nats by which server and trainer may differ, on average, in a token's log-prob."
+    )
+    general_file: str | None = Field(
+        None,
+        description="Plain text, paragraphs apart by an empty line, that must not be forgotten; unset = a general one.",
+    )
+    forgetting_max_drop: float = Field(
+        0.2,
+        gt=0,
+        description="Nats per token by which general text, and what users liked of earlier versions, may become "
+        "less likely than under the champion.",
+    )
+    max_refusal_rise: float = Field(
+        0.2, ge=0, le=1, description="Share of answers that refuse, allowed beyond the parent's."
+    )
+    max_question_rise: float = Field(
+        0.5, ge=0, le=1, description="Share of answers that end with a question, allowed beyond the parent's."
+    )
+    max_agreement_rise: float = Field(
+        0.3, ge=0, le=1, description="Share of answers that begin by agreeing, allowed beyond the parent's."
+    )
+    max_repeated_rise: float = Field(
+        0.5, ge=0, le=1, description="Share of prompts answered as another one was, allowed beyond the parent's."
+    )
+    min_win_rate: float = Field(
+        0.5, gt=0, lt=1, description="Share of comparisons that a candidate must win against the champion."
+    )
+    judge_url: str | None = Field(
+        None, description="OpenAI-compatible endpoint (…/v1) of a judge; unset = the reward model, if one passed."
+    )
+    judge_model: str = Field("judge", description="The judge's model name there.")
+    judge_api_key: str | None = Field(None, description="Its API key (better set as SCION_GATES__JUDGE_API_KEY).")
+    prompt_baseline_shots: int = Field(
+        4, ge=0, description="Liked answers shown to the base as examples: what training is compared with; 0 = none."
+    )
+    prompt_baseline_margin: float | None = Field(
+        None, description="By how much (nats per token) training must beat those examples; unset = it is only told."
+    )
+    approve_first: int = Field(
+        3,
+        ge=0,
+        description="Rollouts that follow a run wait for `scion rollout approve` until so many versions were promoted.",
+    )
     max_prompts: int = Field(64, ge=1, description="Prompts for the behaviour gates.")
     max_tokens: int = Field(
         128, ge=1, description="Longest answer, in tokens, that the behaviour gates let a model give."
@@ -253,7 +461,7 @@ class AdapterSection(Section):
 
     schedule: str | None = Field(None, description="Cron expression for this adapter.")
     min_new_ratings: int | None = Field(None, ge=1, description="New ratings that start a run of this adapter.")
-    recipe: Literal["sft", "kto"] | None = Field(None, description="Recipe of this adapter's scheduled runs.")
+    recipe: RecipeName | None = Field(None, description="Recipe of this adapter's scheduled runs.")
 
 
 class Settings(BaseSettings):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scion_adapters.errors import ConflictError
-from scion_adapters.records import BASE_NUMBER, Replica, VersionRef, VersionState
+from scion_adapters.records import BASE_NUMBER, Replica, VersionRef, VersionState, is_step_line
 from scion_adapters.routing import Routing
 
 RESERVED_FOR_CANDIDATE = 1
@@ -26,7 +26,8 @@ def check_slots(routing: Routing, challenger: VersionRef, lora_id: int, live: Se
     if not live:
         return
     loaded = routing.wanted | {lora_id}
-    evaluated = [v for line in routing.adapters.values() for v in line.versions.values() if _is_candidate(v.state)]
+    lines = [line for line in routing.adapters.values() if not is_step_line(line.adapter)]
+    evaluated = [v for line in lines for v in line.versions.values() if _is_candidate(v.state)]
     reserved = RESERVED_FOR_DRAINING + (0 if evaluated else RESERVED_FOR_CANDIDATE)
     smallest = min(live, key=lambda replica: replica.max_cpu_loras)
     if len(loaded) + reserved > smallest.max_cpu_loras:
@@ -36,7 +37,6 @@ def check_slots(routing: Routing, challenger: VersionRef, lora_id: int, live: Se
             f"{smallest.id} has "
             f"{smallest.max_cpu_loras} (server.max_cpu_loras): raise it and restart, or remove an alias"
         )
-    lines = routing.adapters.values()
     serving = {(line.adapter, n) for line in lines for n in (line.champion, line.challenger) if n}
     serving.add((challenger.adapter, challenger.number))
     narrowest = min(live, key=lambda replica: replica.max_loras)

@@ -14,11 +14,13 @@ from scion_adapters.clock import Clock
 from scion_adapters.database import Database, time_in
 from scion_adapters.events import routing_revision
 from scion_adapters.keys import key_ring_in
-from scion_adapters.records import BASE_NUMBER, CHALLENGER, CHAMPION, PREVIOUS, Rollout, RolloutState
-from scion_adapters.replicas import heartbeat_ttl_s, live_in
+from scion_adapters.records import BASE_NUMBER, CHALLENGER, CHAMPION, PREVIOUS, RED_TEAM, Rollout, RolloutState
+from scion_adapters.replicas import heartbeat_ttl_s, live_in, settle
 from scion_adapters.settings import Settings
 
 NUM_RUNS = 5
+_SERVED = tables.completions.c.route != RED_TEAM
+_OF_USERS = tables.feedback.c.source != RED_TEAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def read_status(database: Database, settings: Settings, clock: Clock | None = No
 
     `is_open`: servers ask for no API key of ours.
     """
+    settle(database, clock)
     with database.read() as connection:
         revision = routing_revision(connection)
         rollouts = _active_rollouts(connection)
@@ -79,9 +82,11 @@ def read_status(database: Database, settings: Settings, clock: Clock | None = No
             replicas=_replicas(connection, revision, time_in(connection, clock), heartbeat_ttl_s(settings)),
             rollouts=rollouts,
             runs=_runs(connection),
-            num_completions=_count(connection, sa.select(tables.completions)),
-            num_feedback=_count(connection, sa.select(tables.feedback)),
-            num_counting_feedback=_count(connection, sa.select(tables.feedback).where(tables.feedback.c.counts)),
+            num_completions=_count(connection, sa.select(tables.completions).where(_SERVED)),
+            num_feedback=_count(connection, sa.select(tables.feedback).where(_OF_USERS)),
+            num_counting_feedback=_count(
+                connection, sa.select(tables.feedback).where(_OF_USERS, tables.feedback.c.counts)
+            ),
             journal_bytes=_journal_bytes(settings),
             is_open=ring.is_open,
             num_valid_keys=ring.num_valid,

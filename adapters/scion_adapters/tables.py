@@ -25,6 +25,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+from scion_adapters.words import Words
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -63,7 +65,7 @@ versions = Table(
     Column("rank", Integer, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("evaluation_key", String(64), nullable=False),  # lets the gates, and nobody else, ask a candidate
-    Column("reason", Text),  # why it was rejected or retired
+    Column("reason", Words),  # why it was rejected or retired
     Column("created_at", Float, nullable=False),
     Column("created_by", String(128), nullable=False),
     Column("files_removed_at", Float),  # by gc; the row stays: numbers, ids and lineage are for ever
@@ -101,7 +103,7 @@ alias_history = Table(
     Column("number", Integer),  # NULL: the alias was removed
     Column("previous", Integer),
     Column("actor", String(128), nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("reason", Words, nullable=False),
     Column("at", Float, nullable=False),
     Index(None, "adapter", "alias", "at"),
 )
@@ -123,7 +125,7 @@ rollouts = Table(
     Column("guard", Boolean, nullable=False),  # abort when ratings show that users like the challenger less
     Column("step_started_at", Float, nullable=False),
     Column("paused_by", String(128)),
-    Column("message", Text, nullable=False),  # what it is waiting for, or why it ended, in words
+    Column("message", Words, nullable=False),  # what it is waiting for, or why it ended, in words
     Column("actor", String(128), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
@@ -140,7 +142,7 @@ events = Table(  # append-only: a trigger refuses UPDATE and DELETE
     Column("adapter", String(64)),
     Column("number", Integer),
     Column("actor", String(128), nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("reason", Words, nullable=False),
     Column("data", JSON, nullable=False),
     Index(None, "adapter", "id"),
 )
@@ -258,7 +260,7 @@ snapshot_rows = Table(
     Column("feedback_id", String(255), nullable=False),
     Column("completion_id", String(255), nullable=False),
     Column("user_hash", String(64)),
-    Column("split", String(16), nullable=False),  # train | heldout
+    Column("split", String(16), nullable=False),  # train | heldout | newest
     PrimaryKeyConstraint("snapshot_id", "feedback_id"),
     ForeignKeyConstraint(["snapshot_id"], ["snapshots.id"]),
     Index(None, "feedback_id"),
@@ -279,7 +281,7 @@ runs = Table(
     Column("metrics", JSON, nullable=False),
     Column("directory", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
-    Column("error", Text),
+    Column("error", Words),
     Column("actor", String(128), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),

@@ -62,7 +62,9 @@ def start(connection: sa.Connection, rollout: Rollout, cause: Cause) -> None:
     row = {name: getattr(rollout, name) for name in Rollout.__dataclass_fields__} | {"steps": list(rollout.steps)}
     connection.execute(sa.insert(tables.rollouts).values(row))
     _set_alias(connection, rollout, CHALLENGER, rollout.number, cause)
-    plan = {name: row[name] for name in ("steps", "every_s", "after_requests", "guard", "stable")}
+    plan: dict[str, Any] = {name: row[name] for name in ("steps", "every_s", "after_requests", "guard", "stable")}
+    if rollout.state is RolloutState.UNAPPROVED:
+        plan["needs_approval"] = True
     _record(connection, "rollout.started", rollout, cause, plan)
     bump_routing(connection)
 
@@ -90,6 +92,14 @@ def resume(connection: sa.Connection, rollout: Rollout, message: str, cause: Cau
     values = {"state": RolloutState.PROGRESSING, "paused_by": None, "step_started_at": cause.at, "message": message}
     changed = _update(connection, rollout, cause.at, **values)
     _record(connection, "rollout.resumed", rollout, cause, {"step": rollout.step, "weight": rollout.weight})
+    return changed
+
+
+def approve(connection: sa.Connection, rollout: Rollout, message: str, cause: Cause) -> Rollout:
+    """From now on the controller carries it."""
+    values = {"state": RolloutState.PROGRESSING, "step_started_at": cause.at, "message": message}
+    changed = _update(connection, rollout, cause.at, **values)
+    _record(connection, "rollout.approved", rollout, cause, {"approved_by": cause.actor})
     return changed
 
 

@@ -138,6 +138,10 @@ def build_dataset(
             open_store(settings).snapshots_path,
             adapter=name,
             heldout_share=settings.trainer.heldout_share,
+            red_team_share=settings.trainer.red_team_share,
+            newest_share=settings.trainer.newest_share,
+            replay_share=settings.trainer.replay_share,
+            seed=settings.trainer.seed,
             min_ratings=settings.trainer.min_ratings,
             max_age_days=settings.trainer.max_age_days,
             since=None if since is None else time.time() - parse_duration(since, field="since"),
@@ -230,6 +234,7 @@ def _show_manifest(manifest: Mapping[str, Any], path: Path, as_json: bool) -> No
         ("path", path),
         *((name, number) for name, number in manifest["counts"].items()),
         ("split", f"by {split['by']}, {split['heldout_share']:.0%} held out"),
+        ("newest held out", f"{split.get('newest_share', 0.0):.0%}"),
         *((f"of {manifest['adapter']}:{number}", n) for number, n in manifest["versions"].items()),
         *((f"dropped: {reason}", n) for reason, n in manifest["dropped"].items()),
     ]

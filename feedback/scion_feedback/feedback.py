@@ -91,9 +91,9 @@ _COLUMNS = [_table.c[name] for name in FeedbackRow.__dataclass_fields__]
 
 
 class FeedbackStore:
-    """The votes. Every method opens its own short transaction."""
+    """The votes. Every method opens its own short transaction. `hasher` None: of votes that have no user."""
 
-    def __init__(self, database: Database, hasher: UserHasher, clock: Clock = clocks.now) -> None:
+    def __init__(self, database: Database, hasher: UserHasher | None, clock: Clock = clocks.now) -> None:
         self._database = database
         self._hasher = hasher
         self._clock = clock
@@ -104,7 +104,8 @@ class FeedbackStore:
         An attempt is recognised by `id` or by `idempotency_key`. Raises ConflictError when either was used with another
         body or for a vote that was deleted since.
         """
-        user_hash = None if feedback.user is None else self._hasher.hash(feedback.user)
+        assert feedback.user is None or self._hasher is not None, "a vote with a user needs the hasher"
+        user_hash = None if feedback.user is None or self._hasher is None else self._hasher.hash(feedback.user)
         digest = _body_digest(feedback, user_hash)
         with self._database.write() as connection:
             sequence = next_sequence(connection)

@@ -23,7 +23,7 @@ class LineageRow:
     feedback_id: str
     completion_id: str
     user_hash: str | None
-    split: str  # "train": learned from; "heldout": only used to judge
+    split: str  # "train": learned from; "heldout", "newest": only used to judge
     version: VersionRef
 
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
 
+from scion_adapters.records import RED_TEAM
 from scion_feedback.parsing import DEFAULT_NAME
 from scion_feedback.statistics import NEUTRAL
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "newest"]
+"""`heldout`: of users that no run learns from; `newest`: kept from this snapshot's run only, because they came last."""
 Kind = Literal["rating", "correction"]
 SplitRule = Literal["user", "completion"]
 
@@ -27,6 +29,7 @@ class DropReason(StrEnum):
     TOO_OLD = "too_old"
     COMMENT_ONLY = "comment_only"  # neither a value nor a correction
     OTHER_NAME = "other_name"  # a value under another name than "rating" says nothing about liking
+    RED_TEAM_SHARE = "red_team_share"  # more findings than their share of the snapshot
     SUPERSEDED = "superseded"  # a later vote of the same user about the same answer counts instead
     NEUTRAL_VALUE = "neutral_value"
     NOT_CHAT = "not_chat"  # a bare prompt: training wraps text in the chat template, which this answer never saw
@@ -57,6 +60,12 @@ class Vote:
     choices: Sequence[Mapping[str, Any]] | None
     completion_user: str | None
     conversation: str | None
+    source: str = "user"
+
+    @property
+    def rates_with(self) -> str:
+        """The name under which a value of this source says whether the answer is liked."""
+        return RED_TEAM if self.source == RED_TEAM else DEFAULT_NAME
 
     @property
     def user(self) -> str | None:
@@ -80,6 +89,8 @@ class SnapshotRow:
     conversation: str | None
     number: int
     created_at: float
+    source: str = "user"  # or RED_TEAM
+    replayed: bool = False  # older than the snapshot's window; an earlier snapshot trained on it
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,18 +113,35 @@ def select(votes: Iterable[Vote], *, not_before: float) -> tuple[list[SnapshotRo
     return rows, dropped
 
 
-def assign_splits(rows: Sequence[SnapshotRow], heldout_share: float) -> tuple[list[SnapshotRow], SplitRule]:
+def limit_red_team(rows: Sequence[SnapshotRow], share: float) -> tuple[list[SnapshotRow], list[SnapshotRow], int]:
+    """(users' rows, as many findings of the red team as may be `share` of both together, how many were left out).
+
+    `rows` come newest first, and the newest findings are kept: they are about the newest versions.
+    """
+    users = [row for row in rows if row.source != RED_TEAM]
+    findings = [row for row in rows if row.source == RED_TEAM]
+    kept = findings[: int(len(users) * share / (1 - share) + 1e-9)]
+    return users, kept, len(findings) - len(kept)
+
+
+def assign_splits(
+    rows: Sequence[SnapshotRow], heldout_share: float, newest_share: float = 0.0
+) -> tuple[list[SnapshotRow], SplitRule]:
     """Hold out whole users, the same ones in every snapshot: a gate must not ask what an ancestor was trained on.
 
     A user is held out when the hash of their (keyed) user hash falls into the lowest `heldout_share`. When users are so
     few that this holds out nobody, or more than half of the rows, single completions are held out by the same rule.
+
+    Of the others, the newest `newest_share` of all rows is kept apart too, with every vote about the same answers. The
+    next snapshot trains on them; the parent was not, unless it was made from a later part of the same votes.
     """
+    newest = _newest(rows, newest_share)
     by_user = [_position(_unit(row)) < heldout_share for row in rows]
     if 0 < sum(by_user) <= len(rows) / 2:
-        return _split(rows, by_user), "user"
+        return _split(rows, by_user, newest), "user"
     positions = [_position(f"completion:{row.completion_id}") for row in rows]
     threshold = max(heldout_share, min(positions, default=0.0) + 1e-12)  # at least one
-    return _split(rows, [position < threshold for position in positions]), "completion"
+    return _split(rows, [position < threshold for position in positions], newest), "completion"
 
 
 def _row(vote: Vote, not_before: float, seen: set[tuple[object, ...]]) -> SnapshotRow | DropReason:
@@ -148,6 +176,7 @@ def _row(vote: Vote, not_before: float, seen: set[tuple[object, ...]]) -> Snapsh
         conversation=vote.conversation,
         number=vote.number,
         created_at=vote.created_at,
+        source=vote.source,
     )
 
 
@@ -165,7 +194,7 @@ def _standing(
         correction = None
     if value is None and correction is None:
         return None, None, DropReason.SUPERSEDED
-    if vote.name != DEFAULT_NAME:
+    if vote.name != vote.rates_with:
         value = None
     if correction is None:
         if value is None:
@@ -250,5 +279,14 @@ def _position(unit: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _split(rows: Sequence[SnapshotRow], heldout: Sequence[bool]) -> list[SnapshotRow]:
-    return [replace(row, split="heldout" if held else "train") for row, held in zip(rows, heldout, strict=True)]
+def _newest(rows: Sequence[SnapshotRow], share: float) -> frozenset[str]:
+    """The completions of the newest `share` of the rows."""
+    ordered = sorted(rows, key=lambda row: row.created_at)
+    return frozenset(row.completion_id for row in ordered[len(rows) - int(len(rows) * share) :])
+
+
+def _split(rows: Sequence[SnapshotRow], heldout: Sequence[bool], newest: frozenset[str]) -> list[SnapshotRow]:
+    def side(row: SnapshotRow, held: bool) -> Split:
+        return "heldout" if held else "newest" if row.completion_id in newest else "train"
+
+    return [replace(row, split=side(row, held)) for row, held in zip(rows, heldout, strict=True)]

@@ -23,8 +23,10 @@ from scion_adapters.clock import Clock
 from scion_adapters.database import Database, insert_ignore
 from scion_adapters.errors import InvalidInputError, NotFoundError, RejectedError
 from scion_adapters.files import publish_directory, remove_tree, write_file
+from scion_adapters.records import RED_TEAM
 from scion_feedback.parsing import DEFAULT_NAME
-from scion_feedback.selection import DropReason, SnapshotRow, Split, Vote, assign_splits, select
+from scion_feedback.replay import draw, read_history
+from scion_feedback.selection import DropReason, SnapshotRow, Split, Vote, assign_splits, limit_red_team, select
 
 FORMAT = 1
 ROWS_FILE = "rows.jsonl"
@@ -64,14 +66,21 @@ def build_snapshot(
     adapter: str,
     heldout_share: float,
     min_ratings: int,
+    newest_share: float = 0.0,
+    red_team_share: float = 0.0,
+    replay_share: float = 0.0,
+    seed: int = 0,
     max_age_days: float | None = None,
     since: float | None = None,
     clock: Clock = clocks.now,
 ) -> Snapshot:
     """Freeze the usable votes about `adapter` in a new directory under `directory`, and record which they are.
 
-    `since` is a Unix time; older votes are left out, as are those older than `max_age_days`. Raises InvalidInputError
-    when fewer than `min_ratings` votes are usable.
+    `heldout_share` of the users and the newest `newest_share` of the votes are kept from training (see
+    `selection.assign_splits`). `since` is a Unix time; older votes are left out, as are those older than
+    `max_age_days`. Findings of the red team come on top: at most `red_team_share` of all rows, and for training only.
+    Of the training rows up to `replay_share` are older ones that an earlier snapshot trained on, drawn by `seed`.
+    Raises InvalidInputError when fewer than `min_ratings` votes of users are usable.
     """
     now = clock()
     age_limit = 0.0 if max_age_days is None else now - max_age_days * _DAY_S
@@ -80,9 +89,22 @@ def build_snapshot(
         rows, dropped = select(_votes(connection, adapter), not_before=not_before)
         if num_others := _count_other_adapters(connection, adapter):
             dropped[DropReason.OTHER_ADAPTER.value] = num_others
+    rows, findings, num_over = limit_red_team(rows, red_team_share)
+    if num_over:
+        dropped[DropReason.RED_TEAM_SHARE.value] = num_over
     if len(rows) < min_ratings:
         raise InvalidInputError(_too_few(adapter, len(rows), min_ratings, dropped), field="trainer.min_ratings")
-    rows, rule = assign_splits(rows[::-1], heldout_share)
+    rows, rule = assign_splits(rows[::-1], heldout_share, newest_share)
+    if replay_share and not_before:
+        with database.read() as connection:
+            usable, _, _ = limit_red_team(select(_votes(connection, adapter), not_before=0.0)[0], 0.0)
+            history = read_history(connection, adapter)
+        replayed = draw(usable, rows, history, share=replay_share, seed=seed)
+        rows += replayed
+        origins = Counter(history.trained[row.feedback_id] for row in replayed)
+    else:
+        origins = Counter()
+    rows += findings[::-1]  # only ever learned from: what is held out is users' judgement
     lines = [json.dumps(row.to_json(), sort_keys=True).encode() + b"\n" for row in rows]
     snapshot_id = _digest(adapter, lines)
     manifest = {
@@ -92,7 +114,8 @@ def build_snapshot(
         "created_at": now,
         "counts": _counts(rows),
         "versions": {str(number): n for number, n in sorted(Counter(row.number for row in rows).items())},
-        "split": {"by": rule, "heldout_share": heldout_share},
+        "split": {"by": rule, "heldout_share": heldout_share, "newest_share": newest_share},
+        "replay": {"share": replay_share, "seed": seed, "rows": origins.total(), "from": dict(sorted(origins.items()))},
         "filter": {"not_before": not_before or None, "min_ratings": min_ratings},
         "dropped": dict(sorted(dropped.items())),
     }
@@ -164,7 +187,7 @@ def _votes(connection: sa.Connection, adapter: str) -> Iterator[Vote]:
     query = (
         sa.select(
             *(feedback.c[name] for name in ("id", "completion_id", "choice_index", "name", "value", "correction")),
-            *(feedback.c[name] for name in ("user_hash", "counts", "created_at", "deleted_at")),
+            *(feedback.c[name] for name in ("user_hash", "counts", "created_at", "deleted_at", "source")),
             *(completions.c[name] for name in ("number", "route", "request", "choices", "conversation")),
             completions.c.user_hash.label("completion_user"),
         )
@@ -199,8 +222,10 @@ def _counts(rows: list[SnapshotRow]) -> dict[str, int]:
         "rows": len(rows),
         "train": sum(row.split == "train" for row in rows),
         "heldout": sum(row.split == "heldout" for row in rows),
+        "newest": sum(row.split == "newest" for row in rows),
         "liked": sum(row.liked is True for row in rows),
-        "disliked": sum(row.liked is False for row in rows),
+        "disliked": sum(row.liked is False for row in rows if row.source != RED_TEAM),
+        "red_team": sum(row.source == RED_TEAM for row in rows),
         "corrections": sum(row.correction is not None for row in rows),
         "users": len({row.user_hash for row in rows if row.user_hash is not None}),
     }

@@ -1,4 +1,7 @@
-"""Votes in figures, per version; only votes that count. Draws no conclusions (scion_adapters.analysis does)."""
+"""Users' votes in figures, per version: those that count, and none of the red team's.
+
+Draws no conclusions (scion_adapters.analysis does).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from scion_adapters.records import RED_TEAM
 from scion_adapters.tables import completions, feedback
 from scion_feedback.parsing import DEFAULT_NAME
 
@@ -51,7 +55,12 @@ class FeedbackStats:
 def read_stats(connection: sa.Connection, adapter: str | None = None) -> FeedbackStats:
     """Votes per version, of one adapter or of all."""
     key = (completions.c.adapter, completions.c.number)
-    answers = sa.select(*key, sa.func.count().label("completions")).group_by(*key).order_by(*key)
+    answers = (
+        sa.select(*key, sa.func.count().label("completions"))
+        .where(completions.c.route != RED_TEAM)
+        .group_by(*key)
+        .order_by(*key)
+    )
     rating = sa.and_(feedback.c.counts, feedback.c.name == DEFAULT_NAME)
     voter = sa.func.coalesce(feedback.c.user_hash, completions.c.user_hash)
     votes = (
@@ -65,7 +74,7 @@ def read_stats(connection: sa.Connection, adapter: str | None = None) -> Feedbac
             _num(feedback.c.correction.is_not(None)).label("corrections"),
         )
         .select_from(feedback.join(completions, completions.c.id == feedback.c.completion_id))
-        .where(feedback.c.deleted_at.is_(None))
+        .where(feedback.c.deleted_at.is_(None), feedback.c.source != RED_TEAM)
         .group_by(*key)
     )
     if adapter is not None:

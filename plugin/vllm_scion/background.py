@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,14 +24,14 @@ from scion_adapters.errors import ScionError
 from scion_adapters.keys import KeyRing, load_key_ring
 from scion_adapters.leases import release, try_acquire
 from scion_adapters.notifications import listen
-from scion_adapters.records import Replica
+from scion_adapters.records import Replica, is_step_line
 from scion_adapters.replicas import ReplicaLedger
 from scion_adapters.routing import Routing, load_routing, read_revision
 from scion_adapters.settings import RolloutSection
 from scion_adapters.timekeeping import Timekeeper
 from vllm_scion.authority import Gatekeeper
 from vllm_scion.loader import Loader, WantedVersion
-from vllm_scion.metrics import Metrics
+from vllm_scion.metrics import Metrics, labels_of
 from vllm_scion.refusals import CountedRefusal, Refusals, write_refusals
 
 logger = logging.getLogger("vllm_scion")
@@ -246,12 +247,15 @@ class Background:
         self.metrics["scion_failed_versions"].set(len(self.loader.failures))
         active, weight = self.metrics["scion_rollout_active"], self.metrics["scion_rollout_weight"]
         for name, line in self.loader.routing.adapters.items():
+            if is_step_line(name):
+                continue
             active.labels(name).set(1 if line.rollout_id is not None else 0)
             weight.labels(name).set(line.weight)
-        in_flight = self.metrics["scion_in_flight_requests"]
+        in_flight: Counter[tuple[str, str]] = Counter()
         for lora_id, version in self.loader.loaded.items():
-            count = self.loader.serving.in_flight.get(lora_id, 0)
-            in_flight.labels(version.ref.adapter, str(version.ref.number)).set(count)
+            in_flight[labels_of(version.ref)] += self.loader.serving.in_flight.get(lora_id, 0)
+        for labels, count in in_flight.items():
+            self.metrics["scion_in_flight_requests"].labels(*labels).set(count)
 
     async def _forever(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:

@@ -21,7 +21,7 @@ from scion_adapters.errors import NotFoundError, UnavailableError
 from scion_adapters.routing import Assignment, assign
 from vllm_scion.capture import Capture, Hasher
 from vllm_scion.errors_http import explain, unavailable_response
-from vllm_scion.metrics import Metrics
+from vllm_scion.metrics import Metrics, shown_as
 from vllm_scion.private_vllm import is_client_error, token_counts
 from vllm_scion.serving import Flight, Serving
 from vllm_scion.subject import conversation_of, subject_of
@@ -190,8 +190,8 @@ class _Call:
         )
 
     def _count(self, outcome: str) -> None:
-        ref = self._assignment.ref
-        self._gateway.metrics.request(ref.adapter, ref.number, self._route, outcome)
+        adapter, number = shown_as(self._assignment.ref)
+        self._gateway.metrics.request(adapter, number, self._route, outcome)
 
     def _land(self) -> None:
         if self.flight is not None:

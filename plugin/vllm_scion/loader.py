@@ -18,7 +18,7 @@ from typing import Protocol
 
 from scion_adapters.records import VersionRef
 from scion_adapters.routing import Routing
-from vllm_scion.metrics import Metrics
+from vllm_scion.metrics import Metrics, labels_of
 from vllm_scion.serving import Published, Serving
 
 logger = logging.getLogger("vllm_scion")
@@ -222,7 +222,7 @@ class Loader:
         self._publish()
         self.serving.in_flight.pop(version.lora_id, None)
         self.table.forget(key=self._key(version.ref))
-        self.metrics["scion_in_flight_requests"].labels(version.ref.adapter, str(version.ref.number)).set(0)
+        self.metrics["scion_in_flight_requests"].labels(*labels_of(version.ref)).set(0)
 
     async def _remove(self, version: WantedVersion) -> None:
         try:

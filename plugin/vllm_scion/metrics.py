@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from scion_adapters.records import VersionRef, is_step_line
+
 _OVERHEAD_BUCKETS = (25e-6, 50e-6, 100e-6, 200e-6, 300e-6, 500e-6, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 _LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -130,6 +132,17 @@ METRICS = (
 )
 
 
+def shown_as(ref: VersionRef) -> tuple[str, int | None]:
+    """(adapter, number) of a version in metrics. Steps of runs are one: a server outlives thousands of them."""
+    return ("steps", None) if is_step_line(ref.adapter) else (ref.adapter, ref.number)
+
+
+def labels_of(ref: VersionRef) -> tuple[str, str]:
+    """`shown_as` as labels."""
+    adapter, number = shown_as(ref)
+    return adapter, "" if number is None else str(number)
+
+
 class Metrics:
     """The metrics of one process. `metrics["scion_…"]` is the collector; hot ones have methods."""
 
@@ -141,7 +154,7 @@ class Metrics:
         return self._collectors[name]
 
     def request(self, adapter: str, number: int | None, route: str, outcome: str) -> None:
-        """Count one request; `number` None: no version was found for it."""
+        """Count one request; `number` None: no version was found for it, or it was of no lasting one."""
         key = (adapter, number, route, outcome)
         child = self._requests.get(key)
         if child is None:

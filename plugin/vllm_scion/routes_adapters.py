@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from scion_adapters.artifacts import CONFIG_FILE, SCION_FILE, WEIGHTS_FILE
+from scion_adapters.adapter_files import CONFIG_FILE, SCION_FILE, WEIGHTS_FILE
 from scion_adapters.errors import InvalidInputError, RejectedError, ScionError, UnavailableError
 from scion_adapters.listing import adapter_json, adapters_json, version_json
 from scion_adapters.records import BASE_NUMBER, Version, parse_version_ref

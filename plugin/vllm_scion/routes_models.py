@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from scion_adapters.records import BASE_NUMBER, VersionState
+from scion_adapters.records import BASE_NUMBER, VersionState, is_step_line
 from vllm_scion.gateway import Gateway
 from vllm_scion.runtime import Runtime
 from vllm_scion.serving import Published
@@ -44,6 +44,8 @@ def model_names(published: Published, base_name: str) -> list[tuple[str, str]]:
     """(name, what answers to it now) for every name that can be asked; candidates under evaluation are hidden."""
     found: list[tuple[str, str]] = []
     for name, line in sorted(published.routing.adapters.items()):
+        if is_step_line(name):
+            continue
         askable = {
             v.number
             for v in line.versions.values()

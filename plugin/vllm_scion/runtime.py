@@ -200,7 +200,7 @@ def check_engine(settings: Settings, engine: EngineFacts) -> None:
             f"{RUNTIME_LORA} is set: it lets everybody load any path as an adapter, past every check; unset it",
             field=RUNTIME_LORA,
         )
-    check_names(settings, engine.base_names)
+    check_names(settings.adapters, engine.base_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +217,7 @@ def _open(settings: Settings, gateway: Gateway, engine: EngineFacts, open_record
     hasher = open_hasher(settings)
     base = base_info(settings)
     registry = open_registry(settings, open_database(settings), base_names=engine.base_names)
+    check_names(registry.adapters(), engine.base_names)  # those of earlier days too
     return _Opened(registry, hasher, open_recorder(settings, gateway.metrics), base)
 
 

@@ -51,7 +51,7 @@ def plan_launch(
             f"server.max_cpu_loras is {server.max_cpu_loras}: at least server.max_loras ({server.max_loras}) is needed",
             field="server.max_cpu_loras",
         )
-    check_names(settings, (settings.base.served_name,))
+    check_names(settings.adapters, (settings.base.served_name,))
     model = str(settings.base_path or settings.base.model)
     environment = {"VLLM_PLUGINS": ",".join(_merge(environ.get("VLLM_PLUGINS", "").split(","), PLUGINS))}
     if config_file is not None:
@@ -70,6 +70,8 @@ def plan_launch(
         arguments += ["--data-parallel-size", str(server.data_parallel_size)]
     if server.max_model_len is not None:
         arguments += ["--max-model-len", str(server.max_model_len)]
+    if server.ppo_rollouts:
+        arguments += ["--scheduling-policy", "priority", "--logprobs-mode", "processed_logprobs"]
     if is_cpu:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(server.kv_cache_gib)
         environment |= _thread_settings(server.threads, server.data_parallel_size, cores)
@@ -78,11 +80,13 @@ def plan_launch(
     return Launch(environment, unset, (*arguments, *server.extra_args))
 
 
-def check_names(settings: Settings, base_names: Iterable[str]) -> None:
+def check_names(adapters: Iterable[str], base_names: Iterable[str]) -> None:
     """Raises InvalidInputError when an adapter has a name of the base's: nobody could ask for it."""
-    for name in set(settings.adapters) & set(base_names):
+    taken = {name.casefold() for name in base_names}
+    for name in sorted(name for name in adapters if name.casefold() in taken):
         raise InvalidInputError(
-            f"adapters.{name}: the base is served under that name too; rename the adapter, or set base.served_name",
+            f"adapters.{name}: the base is served under that name too; set base.served_name to another one, or, if the "
+            "adapter has no versions yet, rename it",
             field=f"adapters.{name}",
         )
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from scion_adapters.artifacts import belongs
+from scion_adapters.adapter_files import belongs
 from scion_adapters.errors import InvalidInputError, RejectedError, ScionError
 from scion_adapters.files import remove_tree, writing_to
 

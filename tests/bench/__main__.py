@@ -10,9 +10,12 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.bench import overhead, report, swap
+from tests.bench import gates, methods, overhead, ppo, report, reward, swap
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (overhead.BENCHMARK, swap.BENCHMARK)}
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (module.BENCHMARK for module in (gates, methods, overhead, ppo, reward, swap))
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

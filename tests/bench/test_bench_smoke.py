@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.__main__ import main
+from tests.bench.reward import PAIRS_FILE
 from tests.bench.storm import KINDS
 
 
@@ -41,3 +42,13 @@ def test_a_small_swap_storm_on_a_real_server_harms_no_answer(tmp_path: Path) -> 
     assert figures["pairs_of_a_user"] > 50
     wrong = {kind: figures[kind] for kind in (*KINDS, "leaked_slots", "engine_deaths")}
     assert wrong == dict.fromkeys(wrong, 0), figures["examples"]
+
+
+@pytest.mark.slow
+def test_a_small_reward_benchmark_trains_on_thumbs_and_on_the_real_pairs(tmp_path: Path) -> None:
+    assert main(["reward", "--quick", "--output", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "reward.json").read_text())["figures"]
+    assert 0 <= figures["thumbs, polite"]["figures"]["auroc"] <= 1
+    if not PAIRS_FILE.is_file():
+        pytest.skip(f"{PAIRS_FILE} is not there: set SCION_SHARED")
+    assert figures["real pairs"]["figures"]["pairs"] == figures["real pairs"]["heldout"] > 0

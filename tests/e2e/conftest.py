@@ -24,7 +24,8 @@ from scion_adapters.registry import Registry, limits_of, open_registry
 from scion_adapters.replicas import ReplicaLedger, wait_until_loaded
 from scion_adapters.rollouts import Rollouts
 from tests.helpers.adapters import make_adapter
-from tests.helpers.serving import DEMO_BASE, Server, wait_for
+from tests.helpers.serving import DEMO_BASE, Server
+from tests.helpers.waiting import wait_for
 
 ADAPTERS = ("chat", "chat2", "chat3")
 TTL_S = 10.0

@@ -13,7 +13,8 @@ from scion_adapters.database import Database, open_database
 from scion_adapters.events import list_events
 from scion_adapters.keys import Scope, create_key, revoke_key
 from tests.helpers.access import bearer
-from tests.helpers.serving import Server, wait_for
+from tests.helpers.serving import Server
+from tests.helpers.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -44,7 +45,7 @@ def statuses(server: Server, path: str, plain: str | None = None) -> set[int]:
 
 def seconds_until(server: Server, path: str, plain: str | None, status: int) -> float:
     started = time.monotonic()
-    wait_for(lambda: statuses(server, path, plain) == {status}, interval_s=0.0, what=f"{path} answers {status}")
+    wait_for(lambda: statuses(server, path, plain) == {status}, poll_s=0.0, what=f"{path} answers {status}")
     return time.monotonic() - started
 
 

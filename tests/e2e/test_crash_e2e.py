@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from scion_adapters import tables
 from tests.e2e.conftest import ServerWorld
-from tests.helpers.serving import wait_for
+from tests.helpers.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 

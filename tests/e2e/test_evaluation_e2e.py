@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from scion_adapters import tables
 from scion_adapters.errors import NotFoundError
 from scion_adapters.fingerprint import base_info
-from scion_adapters.records import Version, VersionState
+from scion_adapters.records import RED_TEAM, Version, VersionState
 from scion_adapters.registry import limits_of
 from scion_adapters.settings import load_settings
 from scion_trainer.chat_tokens import load_chat_tokens
@@ -101,6 +101,10 @@ def test_a_mild_change_passes_what_can_be_measured_and_is_not_recorded_as_traffi
     ordinary = world.ask("chat3").json()["id"]
     world.completion(ordinary)  # what came before it is recorded by now, too
     with world.database.read() as connection:
-        query = sa.select(sa.func.count()).select_from(tables.completions)
+        query = sa.select(tables.completions.c.route)
         asked = query.where(tables.completions.c.adapter == "chat3", tables.completions.c.number == version.number)
-        assert connection.execute(asked).scalar_one() == 0
+        routes = connection.execute(asked).scalars().all()
+    gate = report.gate("red_team")
+    assert gate is not None
+    assert routes == [RED_TEAM] * len(gate.findings)  # what failed a probe is kept, and nothing else
+    assert 0 < len(routes) < gate.figures["probes"]

@@ -13,7 +13,7 @@ from scion_trainer.chat_tokens import load_chat_tokens
 from scion_trainer.server_client import ServerClient
 from tests.e2e.conftest import ServerWorld
 from tests.helpers.adapters import Tensors, make_adapter
-from tests.helpers.serving import wait_for
+from tests.helpers.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 

@@ -23,9 +23,9 @@ from scion_adapters.registry import Registry, limits_of, open_registry
 from scion_adapters.replicas import ReplicaLedger, wait_until_loaded, wait_until_routed
 from scion_adapters.rollouts import Rollouts
 from tests.helpers.adapters import make_adapter
-from tests.helpers.polling import until
 from tests.helpers.postgres import PostgresMissingError, postgres_cluster
-from tests.helpers.serving import Server, halves, wait_for
+from tests.helpers.serving import Server, halves
+from tests.helpers.waiting import until, wait_for
 
 pytestmark = pytest.mark.e2e
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import ADAPTERS, ServerWorld
-from tests.helpers.serving import wait_for
+from tests.helpers.waiting import wait_for
 from vllm_scion.gateway import EVALUATION_HEADER
 
 pytestmark = pytest.mark.e2e

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import httpx
 import pytest
@@ -14,63 +11,10 @@ import sqlalchemy as sa
 
 from scion_adapters import tables
 from tests.e2e.conftest import ServerWorld
-from tests.helpers.polling import until
-from tests.helpers.serving import wait_for
+from tests.helpers.traffic import Traffic
+from tests.helpers.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
-
-
-@dataclass
-class Answer:
-    started: float
-    ended: float
-    status: int
-    models: set[str]
-    text: str
-
-
-@dataclass
-class Traffic:
-    """Clients that ask without a pause, half of them streaming; every user always has the same name."""
-
-    url: str
-    model: str
-    num_clients: int = 6
-    answers: list[Answer] = field(default_factory=list)
-    stopping: bool = False
-
-    async def client(self, number: int) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
-            while not self.stopping:
-                body = {
-                    "model": self.model,
-                    "prompt": f"User {number} says",
-                    "max_tokens": 4 + number,
-                    "user": f"u{number}",
-                }
-                started = time.monotonic()
-                if number % 2:
-                    response = await http.post("/v1/completions", json=body)
-                    models = {response.json().get("model", "")} if response.status_code == 200 else set()
-                else:
-                    response = await http.post("/v1/completions", json={**body, "stream": True})
-                    models = {part.split('"')[0] for part in response.text.split('"model":"')[1:]}
-                self.answers.append(Answer(started, time.monotonic(), response.status_code, models, response.text))
-
-    @asynccontextmanager
-    async def flowing(self) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(self.client(number)) for number in range(self.num_clients)]
-        try:
-            await self.until_more(self.num_clients)
-            yield
-        finally:
-            self.stopping = True
-            await asyncio.gather(*tasks)
-
-    async def until_more(self, num_answers: int) -> None:
-        """Until so many more answers came."""
-        goal = len(self.answers) + num_answers
-        await until(lambda: len(self.answers) >= goal, timeout_s=120)
 
 
 async def test_swaps_under_steady_traffic_fail_no_request(world: ServerWorld) -> None:
@@ -82,10 +26,8 @@ async def test_swaps_under_steady_traffic_fail_no_request(world: ServerWorld) ->
             await asyncio.to_thread(world.promote, version)
             promoted_at = time.monotonic()
             await traffic.until_more(2 * traffic.num_clients)
-            late = [a for a in traffic.answers if a.started >= promoted_at]
-            assert {model for a in late for model in a.models} == {str(version.ref)}
-    failed = [a for a in traffic.answers if a.status != 200 or '"error"' in a.text]
-    assert failed == []
+            assert traffic.models_since(promoted_at) == {str(version.ref)}
+    assert traffic.failed == []
     assert all(len(a.models) == 1 for a in traffic.answers), "an answer names exactly one version"
     assert {model for a in traffic.answers for model in a.models} <= legal
     first = versions[0].number - 1
@@ -104,7 +46,7 @@ async def test_a_rollback_is_at_once_and_loads_nothing(world: ServerWorld) -> No
         await asyncio.to_thread(world.wait_followed)
         await traffic.until_more(2 * traffic.num_clients)
     assert (result.from_number, result.to_number, result.pending) == (bad.number, good, False)
-    assert [a for a in traffic.answers if a.status != 200] == []
+    assert traffic.failed == []
     last_bad = max(a.started for a in traffic.answers if str(bad.ref) in a.models)
     assert last_bad - rolled_back_at <= 1.0, "the last request on the bad version started within a second"
     assert traffic.answers[-1].models == {f"chat3:{good}"}

@@ -19,7 +19,7 @@ from scion_adapters.replicas import ReplicaLedger
 from scion_adapters.routing import assign
 from tests.helpers.killed_operations import Operation, Place, Step
 from tests.helpers.legal_state import is_complete
-from tests.helpers.polling import until
+from tests.helpers.waiting import until
 from vllm_scion.background import Background, Identity
 from vllm_scion.loader import Loader
 from vllm_scion.metrics import Metrics

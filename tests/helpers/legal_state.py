@@ -14,7 +14,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from scion_adapters import tables
-from scion_adapters.artifacts import MANIFEST_FILE, ArtifactStore
+from scion_adapters.adapter_files import MANIFEST_FILE
+from scion_adapters.artifacts import ArtifactStore
 from scion_adapters.database import Database
 from scion_adapters.records import CHALLENGER, RolloutState, VersionState
 from scion_adapters.routing import routing_in

@@ -95,6 +95,17 @@ def start_cluster(cluster: Cluster) -> None:
     _run(_account(), [_binary("pg_ctl"), *arguments])
 
 
+@contextmanager
+def standing_by(cluster: Cluster) -> Iterator[None]:
+    """During the block the cluster recovers for ever, as a standby does: it can be read, and refuses every write."""
+    stop_cluster(cluster)
+    signal = cluster.directory / "data" / "standby.signal"
+    signal.touch()
+    start_cluster(cluster)
+    yield
+    _run(_account(), [_binary("pg_ctl"), "-D", str(signal.parent), "-w", "promote"])
+
+
 def _binary(name: str) -> str:
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name, reverse=True)
     for directory in versions:  # Debian puts only the client programs on PATH

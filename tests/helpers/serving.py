@@ -16,11 +16,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
@@ -29,7 +29,6 @@ from scion_adapters.settings import Settings, load_settings
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO_BASE = REPOSITORY / "deploy" / "demo" / "scion_demo" / "base"
 START_TIMEOUT_S = 300.0
-T = TypeVar("T")
 
 
 @dataclass
@@ -151,18 +150,6 @@ class Server:
                     pass
                 time.sleep(0.2)
         raise RuntimeError(f"no /health within {START_TIMEOUT_S:g} s:\n{self.log_tail()}")
-
-
-def wait_for(probe: Callable[[], T], *, timeout_s: float = 15.0, interval_s: float = 0.05, what: str = "") -> T:
-    """Ask `probe` until it returns something true; that is returned. Raises AssertionError after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = probe()
-        if value:
-            return value
-        if time.monotonic() >= deadline:
-            raise AssertionError(f"not within {timeout_s:g} s: {what or probe!r} (last: {value!r})")
-        time.sleep(interval_s)
 
 
 def halves() -> tuple[list[int], list[int]]:

@@ -15,11 +15,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tiny_model(directory: Path, *, seed: int = 0, num_layers: int = 2, hidden: int = 64) -> Path:
-    """Write a random Llama (byte-level tokenizer) to `directory` and return it."""
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"head_dim": 32, "sliding_window": 64},
+    "gemma2": {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32},  # caps its logits
+    "gemma3_text": {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32},
+    "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+"""transformers' model types, with what their configurations need beside the sizes that all share."""
+
+
+def build_tiny_model(
+    directory: Path, *, seed: int = 0, num_layers: int = 2, hidden: int = 64, architecture: str = "llama"
+) -> Path:
+    """Write a random model of an architecture in ARCHITECTURES (byte-level tokenizer) to `directory` and return it."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -35,7 +48,8 @@ def build_tiny_model(directory: Path, *, seed: int = 0, num_layers: int = 2, hid
         model_max_length=256,
     )
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=320,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -48,7 +62,8 @@ def build_tiny_model(directory: Path, *, seed: int = 0, num_layers: int = 2, hid
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **ARCHITECTURES[architecture],
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

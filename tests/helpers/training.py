@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import sqlalchemy as sa
 from scion_adapters import tables
 from scion_adapters.clock import new_id
 from scion_adapters.database import Database
+from scion_adapters.records import VersionRef
+from scion_adapters.registry import open_registry
 from scion_adapters.settings import Settings, load_settings
 from scion_feedback.selection import SnapshotRow
 from tests.helpers.databases import sqlite_database
@@ -29,6 +32,9 @@ DEFAULTS = {
     "trainer.kto.epochs": 2,
     "trainer.sft.batch_size": 8,
     "trainer.sft.epochs": 2,
+    "trainer.reward.batch_size": 8,
+    "trainer.reward.epochs": 2,
+    "trainer.reward.members": 2,
 }
 
 
@@ -84,8 +90,12 @@ def add_ratings(
     seed: int = 0,
     at: float = 1_000_000.0,
     users: int = 20,
+    said: Callable[[random.Random], tuple[str, bool]] | None = None,
 ) -> None:
-    """`count` answers of `adapter:number`, each rated by a user; the first `corrections` are corrected as well."""
+    """`count` answers of `adapter:number`, each rated by a user; the first `corrections` are corrected as well.
+
+    `said` draws an answer and whether it is liked; None: numbers, of which the first of every ten are liked.
+    """
     rng = random.Random(seed)
     completions, votes = [], []
     with database.read() as connection:
@@ -93,6 +103,11 @@ def add_ratings(
     for index in range(count):
         completion_id, user = new_id("chatcmpl"), f"user-{rng.randrange(users):04d}"
         created_at = at + index
+        question = f"what is {rng.randrange(1000)}?"
+        if said is None:
+            answer, liked = f"it is {rng.randrange(1000)}.", index % 10 < liked_share * 10
+        else:
+            answer, liked = said(rng)
         completions.append(
             {
                 "id": completion_id,
@@ -103,11 +118,11 @@ def add_ratings(
                 "requested_model": adapter,
                 "route": "chat",
                 "user_hash": user,
-                "request": {"messages": [{"role": "user", "content": f"what is {rng.randrange(1000)}?"}]},
+                "request": {"messages": [{"role": "user", "content": question}]},
                 "choices": [
                     {
                         "index": 0,
-                        "message": {"role": "assistant", "content": f"it is {rng.randrange(1000)}."},
+                        "message": {"role": "assistant", "content": answer},
                         "finish_reason": "stop",
                     }
                 ],
@@ -125,7 +140,7 @@ def add_ratings(
                 "completion_id": completion_id,
                 "choice_index": 0,
                 "name": "rating",
-                "value": float(index % 10 < liked_share * 10),
+                "value": float(liked),
                 "correction": "so it is." if index < corrections else None,
                 "user_hash": user,
                 "source": "user",
@@ -138,3 +153,14 @@ def add_ratings(
         if completions:
             connection.execute(sa.insert(tables.completions), completions)
             connection.execute(sa.insert(tables.feedback), votes)
+
+
+def make_champion(project: Project, ref: VersionRef) -> None:
+    """As a finished rollout would."""
+    registry = open_registry(project.settings, project.database)
+    registry.accept(ref, actor="test", reason="test")
+    with project.database.write() as connection:
+        connection.execute(sa.delete(tables.aliases))
+        connection.execute(
+            sa.insert(tables.aliases).values(adapter=ref.adapter, alias="champion", number=ref.number, updated_at=0.0)
+        )

@@ -150,12 +150,19 @@ class StubHandler(BaseServing):  # type: ignore[misc]  # vLLM is untyped to us
 class VllmApp:
     """The application with `plugins` attached; `running` initialises and ends it as vLLM does."""
 
-    def __init__(self, plugins: Sequence[Any] = (), arguments: Sequence[str] = (), *, max_cpu_loras: int = 8) -> None:
+    def __init__(
+        self,
+        plugins: Sequence[Any] = (),
+        arguments: Sequence[str] = (),
+        *,
+        max_cpu_loras: int = 8,
+        served_names: Sequence[str] = ("base",),
+    ) -> None:
         self.args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "/base", *arguments])
         with patch.object(vllm.plugins, "load_endpoint_plugins", lambda _: list(plugins)):
             self.app = build_app(self.args, ("generate",))
         self.engine = FakeEngine()
-        self.models = OpenAIServingModels(self.engine, [BaseModelPath(name="base", model_path="/base")])
+        self.models = OpenAIServingModels(self.engine, [BaseModelPath(name, "/base") for name in served_names])
         state = self.app.state
         lora = SimpleNamespace(max_loras=4, max_cpu_loras=max_cpu_loras, max_lora_rank=16) if max_cpu_loras else None
         state.vllm_config = SimpleNamespace(lora_config=lora, parallel_config=SimpleNamespace())

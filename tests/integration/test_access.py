@@ -16,7 +16,7 @@ from scion_adapters.keys import Scope, create_key, list_keys, load_key_ring, rev
 from scion_adapters.records import Event
 from tests.helpers.access import CHAT, bearer, server_log, status
 from tests.helpers.plugin_world import PluginWorld
-from tests.helpers.polling import until
+from tests.helpers.waiting import until
 
 CLIENTS = {"httpx", "httpcore"}
 """They log what they ask, which is not the server's doing."""

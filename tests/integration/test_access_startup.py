@@ -17,8 +17,8 @@ from scion_adapters.settings import load_settings
 from scion_trainer.server_client import ServerClient
 from tests.helpers.access import CHAT, bearer, server_log, status
 from tests.helpers.plugin_world import PluginWorld
-from tests.helpers.polling import until
 from tests.helpers.vllm_app import VllmApp
+from tests.helpers.waiting import until
 from vllm_scion.authority import required_scope
 
 

@@ -24,11 +24,12 @@ from scion_adapters.errors import UnavailableError
 from scion_adapters.gc import collect
 from scion_adapters.replicas import ReplicaLedger, lacking
 from scion_adapters.retirement import retire
+from scion_adapters.status import read_status
 from tests.helpers.disks import SmallDisk, small_disk
 from tests.helpers.legal_state import check_legal, residue
 from tests.helpers.plugin_world import PluginWorld
-from tests.helpers.polling import until
-from tests.helpers.postgres import postgres_cluster, start_cluster, stop_cluster
+from tests.helpers.postgres import postgres_cluster, standing_by, start_cluster, stop_cluster
+from tests.helpers.waiting import until
 from vllm_scion.runtime import Runtime
 
 PATIENT = {"rollout": {"poll_interval_s": 60.0, "heartbeat_s": 0.2}}
@@ -185,6 +186,35 @@ async def test_postgresql_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             world.rollouts.promote("chat", actor="test")
             await until(partial(world.is_followed, 2))
             assert await ask(client) == "chat:2"
+        world.close()
+
+
+async def test_postgresql_that_only_reads(tmp_path: Path) -> None:
+    with postgres_cluster() as cluster:
+        world = PluginWorld(tmp_path, url=cluster.create("scion"))
+        world.champion(seed=1)
+        async with world.serving() as client:
+            await until(partial(world.is_champion, 1))
+            await until(partial(world.is_followed, 1))
+            standby = standing_by(cluster)
+            await asyncio.to_thread(standby.__enter__)
+            background = running(world).background
+            await until(lambda: "report" in background._broken)
+            assert [await ask(client) for _ in range(3)] == ["chat:1"] * 3
+            await assert_refused(client, "meanwhile", "name the primary in database.url")
+            with pytest.raises(UnavailableError, match="promote it"):
+                world.candidate(seed=2)
+            with pytest.raises(UnavailableError, match="promote it"):
+                world.rollouts.rollback("chat", actor="me")
+            assert read_status(world.database, world.settings).routing_revision > 0, "it can be read"
+            assert (await captured(client))["lost"] == {}
+
+            await asyncio.to_thread(standby.__exit__, None, None, None)
+            await until(lambda: len(world.completions()) == 3)
+            await until(lambda: not background._broken)
+            assert (await vote(client, "meanwhile")).status_code == 201
+            world.champion(seed=2)
+            await until(partial(world.is_followed, 2))
         world.close()
 
 

@@ -28,7 +28,7 @@ from scion_adapters.registry import limits_of
 from tests.helpers.adapters import make_adapter
 from tests.helpers.faults import BAD_NAMES, CONFIG, FAULTS, WEIGHTS, Fault, linked, linked_directory
 from tests.helpers.plugin_world import PluginWorld
-from tests.helpers.polling import until
+from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 DOORS = ("registry", "cli", "http")

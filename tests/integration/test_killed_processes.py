@@ -14,7 +14,7 @@ from scion_feedback.captures import CompletionStore
 from scion_feedback.journal import Journal
 from scion_feedback.recorder import Recorder
 from tests.helpers.victims import Victim
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import wait_for
 
 
 def _ids(url: str, table: sa.Table) -> list[str]:
@@ -38,7 +38,7 @@ def test_acknowledged_votes_survive(database: Database, seed: int) -> None:
 def test_journaled_answers_arrive_exactly_once(database: Database, tmp_path: Path, seed: int) -> None:
     directory = tmp_path / "journal"
     victim = Victim("records", database.url, str(directory))
-    wait_until(lambda: list(directory.glob("*.jsonl")) if directory.exists() else [], timeout_s=60)
+    wait_for(lambda: list(directory.glob("*.jsonl")) if directory.exists() else [], timeout_s=60)
     neighbour = Journal(directory, 1 << 20)
     assert neighbour.adopt() == 0  # the program lives
     neighbour.close()

@@ -13,7 +13,7 @@ from scion_adapters.gc import collect
 from scion_adapters.records import Version, VersionState
 from scion_adapters.retirement import retire
 from tests.helpers.plugin_world import PluginWorld
-from tests.helpers.polling import until
+from tests.helpers.waiting import until
 
 QUESTION = {"messages": [{"role": "user", "content": "Hello"}]}
 

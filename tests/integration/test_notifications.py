@@ -9,7 +9,7 @@ import pytest
 from scion_adapters.database import Database
 from scion_adapters.events import bump_routing, routing_revision
 from scion_adapters.notifications import listen
-from tests.helpers.polling import until
+from tests.helpers.waiting import until
 
 
 class Ears:

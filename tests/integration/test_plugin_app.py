@@ -17,9 +17,9 @@ from scion_adapters.errors import InvalidInputError, UnavailableError
 from scion_adapters.replicas import ReplicaLedger
 from tests.helpers.adapters import make_base
 from tests.helpers.plugin_world import PluginWorld
-from tests.helpers.polling import until
 from tests.helpers.serving import REPOSITORY
 from tests.helpers.vllm_app import VllmApp
+from tests.helpers.waiting import until
 from vllm_scion.endpoint import RECORDED_ROUTES, ROUTED_ROUTES
 from vllm_scion.gateway import EVALUATION_HEADER
 
@@ -342,6 +342,16 @@ class TestOperation:
             async with VllmApp([world.plugin()], **options).running():
                 pass
         world.close()
+
+    async def test_an_adapter_of_earlier_days_with_the_bases_name_is_refused(self, tmp_path: Path) -> None:
+        world = PluginWorld(tmp_path, adapters=("chat", "qwen"))
+        world.champion("qwen")
+        world.close()
+        later = PluginWorld(tmp_path, adapters=("chat",), config={"base": {"served_name": "Qwen"}})
+        with pytest.raises(InvalidInputError, match=r"adapters\.qwen.*set base\.served_name"):
+            async with VllmApp([later.plugin()], served_names=("Qwen",)).running():
+                pass
+        later.close()
 
     async def test_vllms_open_loading_endpoints_are_refused(
         self, world: PluginWorld, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from scion_adapters.events import list_events
 from scion_adapters.fingerprint import read_base
 from scion_adapters.records import CHALLENGER, CHAMPION, PREVIOUS, Version, VersionRef, VersionState
 from scion_adapters.registry import Registry
+from scion_adapters.rollouts import Rollouts
 from tests.helpers.adapters import LIMITS, make_adapter, make_base
 from tests.helpers.registry_world import RegistryWorld
 
@@ -110,6 +111,17 @@ def test_whatever_somebody_gives_as_a_reason_for_publishing_can_be_recorded(worl
     )
     event = list_events(world.registry.database, newest=True)[-1]
     assert event.reason == "a NUL: \\0, half a letter: \\ud800, an é"
+
+
+def test_whatever_a_decision_quotes_can_be_recorded(world: RegistryWorld) -> None:
+    odd, stored = "says \0 and \ud800", "says \\0 and \\ud800"
+    first, second = world.accepted(), world.publish()
+    assert world.registry.reject(second.ref, actor="gates", reason=odd).reason == stored
+    rollouts = Rollouts(world.registry.database)
+    rollouts.start(first.ref, steps=[1.0], actor="ann", reason=odd)
+    assert stored in rollouts.pause("chat", actor="ann", reason=odd).message
+    assert stored in rollouts.abort("chat", actor="ann", reason=odd).message
+    assert {change.reason for change in world.registry.alias_history("chat", "challenger")} == {stored}
 
 
 def test_an_adapter_cannot_be_called_what_the_base_is_called(database: Database, tmp_path: Path) -> None:

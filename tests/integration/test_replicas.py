@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 
 from scion_adapters.database import Database, server_time
-from scion_adapters.errors import UnavailableError
+from scion_adapters.errors import ConflictError, UnavailableError
+from scion_adapters.records import RolloutState, VersionRef
 from scion_adapters.replicas import FORGET_AFTER_S, ReplicaLedger, all_loaded, lacking, wait_until_loaded
-from tests.helpers.rollouts import START, FakeClock, make_replica
+from scion_adapters.rollouts import Rollouts
+from scion_adapters.settings import Settings
+from scion_adapters.status import read_status
+from tests.helpers.rollouts import START, FakeClock, add_version, make_replica
 
 TTL_S = 10.0
 
@@ -75,6 +79,28 @@ def test_a_clock_set_back_kills_no_server_and_keeps_no_dead_one(ledger: ReplicaL
         ledger.report(make_replica(name))
     clock.advance(0.1)
     assert [r.id for r in ledger.live(TTL_S)] == ["a:1", "b:2"]
+
+
+def test_a_dead_server_is_forgotten_after_a_clock_set_back_though_no_server_runs(
+    database: Database, ledger: ReplicaLedger, clock: FakeClock
+) -> None:
+    ledger.report(make_replica("dead:1"))
+    clock.advance(-3600)
+    add_version(database, 1)
+    rollouts = Rollouts(database, clock, ttl_s=TTL_S)
+    settings = Settings(database={"url": database.url}, rollout={"heartbeat_s": TTL_S / 5})
+
+    def shown() -> list[str]:
+        return [replica.id for replica in read_status(database, settings, clock).replicas]
+
+    rollouts.start(VersionRef("chat", 1), steps=[1.0], actor="ann")
+    assert shown() == ["dead:1"]  # it may have reported just before the clock was set
+    with pytest.raises(ConflictError, match="dead:1"):
+        rollouts.promote("chat", actor="ann")
+    clock.advance(TTL_S + 0.1)
+    assert ledger.live(TTL_S) == []
+    assert shown() == []
+    assert rollouts.promote("chat", actor="ann").state is RolloutState.PROMOTED
 
 
 def test_without_a_clock_the_databases_own_is_used(database: Database) -> None:

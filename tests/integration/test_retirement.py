@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from scion_adapters.rollouts import Rollouts
 from tests.helpers.adapters import LIMITS, make_base
 from tests.helpers.registry_world import RegistryWorld
 
+DAY_S = 86400.0
 REPLICA = Replica("server-1", "host", 1, "http://x", 0.0, 0.0, 4, 8, 16, frozenset(), {}, {}, 1, "sha256:base")
 
 
@@ -190,6 +192,32 @@ def test_files_that_were_just_published_again_are_not_collected(world: RegistryW
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead_s", [-10 * DAY_S, 10 * DAY_S])
+def test_the_rollback_window_goes_by_the_databases_clock(
+    world: RegistryWorld, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    database, at = world.registry.database, time.time() + ahead_s  # this host's clock is wrong, or the database's is
+    monkeypatch.setattr("scion_adapters.database.server_time", lambda _: at)
+    rollouts = Rollouts(database)
+    old, new = world.accepted(), world.accepted()
+    for version in (old, new):
+        rollouts.start(version.ref, steps=[1.0], guard=False, actor="me")
+        rollouts.promote("chat", actor="me")
+    quarantine(database, new.ref, actor="server-1", reason="gone")
+    rollouts.rollback("chat", to=0, actor="me")
+    retire(database, old.ref, actor="me")
+
+    def kept() -> str | None:
+        return collect(world.registry, rollback_window_s=DAY_S, grace_s=0.0)[0].kept_for
+
+    assert kept() == "it was champion within the rollback window"
+    at += DAY_S - 1
+    assert kept() is not None
+    at += 2
+    assert kept() is None
+    assert not world.registry.store.has(old.digest)
 
 
 def test_leftovers_of_every_kind_are_found_and_mended_once(world: RegistryWorld) -> None:

@@ -63,13 +63,15 @@ def test_snapshot_holds_what_users_said(database: Database, votes: Votes, tmp_pa
         "rows": 31,
         "train": len(snapshot.split("train")),
         "heldout": len(snapshot.split("heldout")),
+        "newest": 0,
         "liked": 20,
         "disliked": 10,
+        "red_team": 0,
         "corrections": 1,
         "users": 30,
     }
     assert 0 < len(snapshot.split("heldout")) < 16
-    assert manifest["split"] == {"by": "user", "heldout_share": 0.3}
+    assert manifest["split"] == {"by": "user", "heldout_share": 0.3, "newest_share": 0.0}
     assert manifest["versions"] == {"1": 31}
     assert manifest["dropped"] == {"comment_only": 1, "other_adapter": 1}
     assert "user-1" not in (snapshot.path / "rows.jsonl").read_text()

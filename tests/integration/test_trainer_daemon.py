@@ -22,7 +22,7 @@ from scion_trainer.daemon import Daemon
 from scion_trainer.runs import RunStore
 from tests.helpers.databases import sqlite_database
 from tests.helpers.training import add_ratings
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import wait_for
 
 
 @dataclass
@@ -78,10 +78,10 @@ def test_new_ratings_start_a_run_and_only_one(database: Database) -> None:
     launcher = FakeLauncher(database)
     launcher.go_on.set()
     with running(settings(min_new_ratings=10), database, launcher):
-        wait_until(lambda: "ratings:chat" in stored_jobs(database), "the job in the database")
+        wait_for(lambda: "ratings:chat" in stored_jobs(database), "the job in the database")
         assert launcher.calls == []
         add_ratings(database, 10, at=1e10)
-        wait_until(lambda: launcher.calls, "the run")
+        wait_for(lambda: launcher.calls, "the run")
     assert launcher.calls[0] == ("start", "chat", "kto")
 
 
@@ -91,7 +91,7 @@ def test_unfinished_runs_are_resumed_at_the_start(database: Database) -> None:
     )
     launcher = FakeLauncher(database)
     with running(settings(schedule="0 3 * * *"), database, launcher):
-        wait_until(lambda: launcher.calls, "the resumption")
+        wait_for(lambda: launcher.calls, "the resumption")
     assert launcher.calls == [("resume", run.id)]
 
 
@@ -99,7 +99,7 @@ def test_a_stop_reaches_the_children_and_waits_for_them(database: Database) -> N
     add_ratings(database, 10, at=1e10)
     launcher = FakeLauncher(database)
     with running(settings(min_new_ratings=10), database, launcher):
-        wait_until(lambda: launcher.calls, "the run")
+        wait_for(lambda: launcher.calls, "the run")
         assert not launcher.go_on.is_set()
     assert launcher.go_on.is_set()
     assert current_holder(database, "scheduler") is None
@@ -108,7 +108,7 @@ def test_a_stop_reaches_the_children_and_waits_for_them(database: Database) -> N
 def test_only_one_daemon_works_on_a_database(database: Database) -> None:
     launcher = FakeLauncher(database)
     with running(settings(min_new_ratings=10), database, launcher):
-        wait_until(lambda: current_holder(database, "scheduler"), "the lease")
+        wait_for(lambda: current_holder(database, "scheduler"), "the lease")
         with pytest.raises(ConflictError, match="scheduler is held by"):
             Daemon(settings(min_new_ratings=10), database, launcher).run()
 
@@ -120,7 +120,7 @@ def test_the_stored_jobs_follow_the_configuration(database: Database) -> None:
         ({"schedule": "0 4 * * *"}, ["schedule:chat"]),  # the count was switched off while the daemon was down
     ):
         with running(settings(**changes), database, launcher):
-            wait_until(lambda wanted=expected: stored_jobs(database) == wanted, f"jobs {expected}")
+            wait_for(lambda wanted=expected: stored_jobs(database) == wanted, f"jobs {expected}")
 
 
 def test_the_next_time_of_a_schedule_survives_a_restart(database: Database) -> None:
@@ -128,7 +128,7 @@ def test_the_next_time_of_a_schedule_survives_a_restart(database: Database) -> N
     times = []
     for _ in range(2):
         with running(settings(schedule="0 3 1 1 *"), database, launcher):
-            wait_until(lambda: "schedule:chat" in stored_jobs(database), "the job")
+            wait_for(lambda: "schedule:chat" in stored_jobs(database), "the job")
             with database.read() as connection:
                 query = sa.text("SELECT next_run_time FROM scheduler_jobs WHERE id = 'schedule:chat'")
                 times.append(connection.execute(query).scalar())

@@ -31,7 +31,7 @@ from scion_trainer.run_lease import Holder, working_on
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.training import Project, add_ratings, make_project
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import wait_for
 
 EVERY_STEPS = 4
 
@@ -67,7 +67,7 @@ def signal_once(run: Run, number: signal.Signals) -> tuple[threading.Thread, lis
     processes: list[Process] = []
 
     def act() -> None:
-        wait_until(lambda: processes and checkpointed(run), "the first checkpoint", timeout_s=120)
+        wait_for(lambda: processes and checkpointed(run), "the first checkpoint", timeout_s=120)
         processes[0].send_signal(number)
 
     thread = threading.Thread(target=act)
@@ -120,7 +120,7 @@ def test_a_run_that_nobody_waited_for_is_resumed_by_the_same_command(project: Pr
     command = [sys.executable, "-m", "scion_trainer.run", run.id]
     environment = {**os.environ, **child_environment(project.settings)}
     with subprocess.Popen(command, env=environment) as process:
-        wait_until(lambda: checkpointed(run), "the first checkpoint", timeout_s=120)
+        wait_for(lambda: checkpointed(run), "the first checkpoint", timeout_s=120)
         holder = working_on(project.database, "chat")
         assert holder == Holder.of(run.id, process.pid)
         with pytest.raises(ConflictError, match=f"chat is being trained by {run.id}"):
@@ -174,7 +174,7 @@ def test_the_daemon_stops_its_run_and_goes_on_with_it(tmp_path: Path) -> None:
     stopped_at = 0
     for attempt in (1, 2):
         with subprocess.Popen(command) as daemon:
-            wait_until(
+            wait_for(
                 lambda before=stopped_at: (
                     (run := store.newest("chat")) is not None and max([0, *losses(run)]) > before + EVERY_STEPS
                 ),

@@ -16,6 +16,7 @@ from scion_adapters.preflight import AdapterLimits, check_adapter
 from scion_adapters.records import RunState, VersionRef, VersionState
 from scion_adapters.registry import Registry, open_registry
 from scion_adapters.settings import LORA_TARGETS, load_settings
+from scion_feedback.snapshots import find_snapshot, load_snapshot
 from scion_trainer import run as run_module
 from scion_trainer.checkpoints import CHECKPOINTS, CorruptCheckpointError
 from scion_trainer.launch import create_run
@@ -25,7 +26,7 @@ from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.tiny_model import build_tiny_model
-from tests.helpers.training import Project, add_ratings, make_project
+from tests.helpers.training import Project, add_ratings, make_champion, make_project
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +48,6 @@ def registry_of(project: Project) -> Registry:
 def train(project: Project, recipe: str = "kto", **execution: Any) -> VersionRef:
     run = create_run(project.settings, project.database, "chat", recipe, actor="test")
     return execute(project.settings, project.database, run.id, **execution).ref
-
-
-def make_champion(project: Project, ref: VersionRef) -> None:
-    """As a finished rollout would."""
-    import sqlalchemy as sa
-
-    from scion_adapters.tables import aliases
-
-    registry_of(project).accept(ref, actor="test", reason="test")
-    with project.database.write() as connection:
-        connection.execute(sa.delete(aliases))
-        connection.execute(
-            sa.insert(aliases).values(adapter=ref.adapter, alias="champion", number=ref.number, updated_at=0.0)
-        )
 
 
 def test_ratings_become_a_candidate_that_the_server_can_load(project: Project) -> None:
@@ -92,6 +79,36 @@ def test_ratings_become_a_candidate_that_the_server_can_load(project: Project) -
     assert {"loss", "rewards/margins", "kl"} <= set(metrics["curves"])
 
 
+def test_the_trainers_own_log_probs_are_kept_for_the_parity_gate(project: Project) -> None:
+    """They are those of the exported files, on the held-out answers, and hold no text."""
+    from peft import PeftModel
+
+    from scion_trainer.base import load_base
+    from scion_trainer.chat_tokens import ChatTokens
+    from scion_trainer.parity import PARITY_FILE, comparable, read_parity, score
+
+    add_ratings(project.database, 80)
+    version = registry_of(project).version(train(project))
+    run = RunStore(project.database).get(version.run_id or "")
+    recorded = {record.key: record.logprobs for record in read_parity(Path(run.directory)) or ()}
+    heldout = load_snapshot(find_snapshot(project.database, run.snapshot_id or "").path).split("heldout")
+    assert set(recorded) == {row.feedback_id for row in heldout}
+    assert not any(row.answer in Path(run.directory, PARITY_FILE).read_text() for row in heldout)
+
+    loaded = load_base(project.settings)
+    served = PeftModel.from_pretrained(loaded.model, str(registry_of(project).store.path(version.digest)))
+    items = comparable(heldout, ChatTokens(loaded.tokenizer), max_length=256)
+    deltas = [
+        abs(a - b)
+        for key, logprobs in zip(items, score(served, list(items.values())), strict=True)
+        for a, b in zip(logprobs, recorded[key], strict=True)
+    ]
+    assert deltas
+    assert sum(deltas) / len(deltas) < 0.01
+    with served.disable_adapter():  # the base's own are others
+        assert score(served, list(items.values()))[0] != pytest.approx(recorded[next(iter(items))], abs=0.01)
+
+
 def test_the_files_are_bf16_and_name_no_path_of_this_machine(project: Project) -> None:
     from safetensors import safe_open
 
@@ -120,7 +137,8 @@ def test_a_warm_start_begins_exactly_at_the_parent(project: Project, capsys: pyt
     assert version.parent == first.number
     records = read_metrics(Path(RunStore(project.database).get(version.run_id or "").directory))
     assert records[0]["rewards/chosen"] == records[0]["rewards/rejected"] == records[0]["kl"] == 0.0
-    assert records[-1]["rewards/margins"] != 0.0  # and it does learn
+    margins = [record["rewards/margins"] for record in records if "rewards/margins" in record]  # batches of both kinds
+    assert margins[-1] != 0.0  # and it does learn
     assert version.rank == 4  # the parent's, not the settings' 2
     assert "rank 4 and alpha 8 are the parent's" in capsys.readouterr().err
     assert registry.version(first).digest != version.digest
@@ -200,7 +218,7 @@ def test_too_little_memory_is_refused_before_the_base_is_loaded(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scion_trainer.base.load_base", lambda *_: pytest.fail("the base was loaded"))
-    monkeypatch.setattr(run_module, "available_bytes", lambda _device: 100 << 20)
+    monkeypatch.setattr("scion_trainer.estimation.available_bytes", lambda _device: 100 << 20)
     add_ratings(project.database, 40)
     with pytest.raises(OutOfMemoryError, match=r"needs about .*0\.10 GiB are available.*micro_batch_size"):
         train(project)

@@ -15,8 +15,8 @@ from scion_adapters import registry
 from scion_adapters.events import list_events
 from tests.helpers.disks import SmallDisk, small_disk
 from tests.helpers.plugin_world import PluginWorld
-from tests.helpers.polling import until
 from tests.helpers.uploads import FORM, VERSIONS, body, leftovers, parts
+from tests.helpers.waiting import until
 from vllm_scion.routes_adapters import MAX_UPLOADS
 from vllm_scion.uploads import Form
 

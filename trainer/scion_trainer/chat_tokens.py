@@ -30,6 +30,14 @@ class ChatTokens:
         """The tokens of an answer, with the token that ends the assistant's turn."""
         return [*self._encode(text), *self._turn_end()]
 
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the template's end of turn and the tokenizer's end of text."""
+        return frozenset([*self._turn_end(), int(self._tokenizer.eos_token_id)])
+
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text that is no chat."""
+        return self._encode(text)
+
     def forced(self, messages: Sequence[Message], prefix: str, answer: str) -> tuple[list[int], list[int]]:
         """(prompt with the answer's beginning `prefix`, the tokens that continue it with `answer`), without an end.
 

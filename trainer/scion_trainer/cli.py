@@ -1,4 +1,4 @@
-"""The trainer's commands: `train`, `trainer`, `evaluate`, `runs list|show`.
+"""The trainer's commands: `train`, `trainer`, `evaluate`, `runs list|show`; `red-team run` is in red_team/cli.py.
 
 Owns what is printed and the exit codes. Nothing heavy is imported before a command runs.
 """
@@ -6,7 +6,6 @@ Owns what is printed and the exit codes. Nothing heavy is imported before a comm
 from __future__ import annotations
 
 import logging
-import re
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,19 +14,25 @@ import typer
 
 from scion_adapters.cli.output import JsonOption, actor, console, error_console, print_json, print_table
 from scion_adapters.errors import InvalidInputError
+from scion_trainer.red_team.cli import red_team_run
 
 if TYPE_CHECKING:
+    from scion_adapters.database import Database
     from scion_adapters.records import Run
-    from scion_trainer.followup import Followed
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    from scion_adapters.settings import Settings
+    from scion_trainer.followup import Followed, RewardProduct
 
 
 class RecipeName(StrEnum):
     """The recipes, as `--recipe` takes them; a test compares them with RECIPES."""
 
+    AUTO = "auto"
     SFT = "sft"
     KTO = "kto"
+    DPO = "dpo"
+    REWARD = "reward"
+    PPO = "ppo"
+    DISTILL = "distill"
 
 
 def register(app: typer.Typer) -> None:
@@ -39,13 +44,20 @@ def register(app: typer.Typer) -> None:
     runs_app.command("list")(runs_list)
     runs_app.command("show")(runs_show)
     app.add_typer(runs_app, name="runs")
+    red_team_app = typer.Typer(help="Probes that a version should withstand.", no_args_is_help=True)
+    red_team_app.command("run")(red_team_run)
+    app.add_typer(red_team_app, name="red-team")
 
 
 def train(
     name: Annotated[str, typer.Argument(help="The adapter, such as chat.")],
     recipe: Annotated[
         RecipeName | None,
-        typer.Option(help="kto: thumbs up and down; sft: corrections and liked answers. Default: as configured."),
+        typer.Option(
+            help="kto: thumbs up and down; sft: corrections and liked answers; dpo: pairs; reward: a reward model; "
+            "ppo: against a reward model that passed its gate; distill: from a teacher; auto: by the ratings. "
+            "Default: as configured."
+        ),
     ] = None,
     since: Annotated[
         str | None, typer.Option(help="Only ratings of the last 90s, 30m, 2h, 7d, 4w. Default: all.")
@@ -53,17 +65,24 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run.")] = False,
     evaluate: Annotated[bool, typer.Option(help="Let the gates judge the candidate.")] = True,
     rollout: Annotated[bool, typer.Option("--rollout", help="Start a rollout if the candidate is accepted.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say how much memory a run would take, and what would fit.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Train a new version of an adapter on its users' ratings, here and now."""
     from scion_adapters.clock import now
     from scion_adapters.database import open_database
+    from scion_adapters.rollout_plan import parse_duration
     from scion_adapters.settings import load_settings
-    from scion_trainer.followup import follow_up
+    from scion_trainer.followup import follow_up, reward_product
     from scion_trainer.launch import create_run, launch_run, resumable_run
 
     settings = load_settings()
     database = open_database(settings)
+    if estimate:
+        _estimate(settings, database, name, recipe, json=json)
+        return
     if resume:
         if recipe is not None or since is not None:
             raise InvalidInputError("--resume goes on with a run as it was begun: leave out --recipe and --since")
@@ -76,10 +95,13 @@ def train(
             name,
             str(recipe or configured or settings.trainer.recipe),
             actor=actor(),
-            since=None if since is None else now() - parse_duration(since),
+            since=None if since is None else now() - parse_duration(since, field="since"),
         )
     error_console.print(f"{run.id}: attempt {run.attempt + 1}, in {run.directory}", highlight=False)
     done = launch_run(settings, database, run)
+    if (product := reward_product(done)) is not None:
+        _print_product(done, product, json=json)
+        return
     followed = follow_up(
         settings,
         database,
@@ -104,6 +126,46 @@ def train(
         _print_outcome(done, followed)
     if followed.report is not None and followed.report.exit_code:
         raise typer.Exit(followed.report.exit_code)
+
+
+def _estimate(settings: Settings, database: Database, name: str, recipe: RecipeName | None, *, json: bool) -> None:
+    """Print what runs would take: of the recipe that is named, or of all. Exits with 6 when none of these fits."""
+    from scion_trainer.estimation import outlooks
+    from scion_trainer.memory import OutOfMemoryError, gib
+    from scion_trainer.recipes import RECIPES
+
+    found = outlooks(settings, database, name, [str(recipe)] if recipe in RECIPES else list(RECIPES))
+    if json:
+        print_json([outlook.to_json() for outlook in found])
+    else:
+        print_table(
+            (
+                "recipe",
+                "micro-batch",
+                "tokens",
+                "rank",
+                "base",
+                "adapters",
+                "activations",
+                "in all",
+                "available",
+                "fits",
+            ),
+            [
+                (
+                    outlook.request.config.recipe,
+                    f"{outlook.request.micro_batch_size} of {outlook.request.config.batch_size}",
+                    outlook.request.longest_tokens,
+                    outlook.request.rank,
+                    *map(gib, (outlook.predicted.base_bytes, outlook.predicted.adapter_bytes)),
+                    *map(gib, (outlook.predicted.activation_bytes, outlook.predicted.total_bytes, outlook.available)),
+                    outlook.remedy or "yes",
+                )
+                for outlook in found
+            ],
+        )
+    if all(outlook.remedy for outlook in found):
+        raise typer.Exit(OutOfMemoryError.exit_code)
 
 
 def trainer(
@@ -220,16 +282,6 @@ def runs_show(run_id: Annotated[str, typer.Argument(help="The run's id.")], json
     print_table(("field", "value"), facts, title=run.id)
 
 
-def parse_duration(text: str) -> float:
-    """`"2h"` -> 7200.0 seconds. Raises InvalidInputError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if match is None:
-        raise InvalidInputError(
-            f"--since {text!r}: expected a number and a unit, such as 90s, 30m, 2h, 7d or 4w", field="since"
-        )
-    return float(match[1]) * _UNITS[match[2]]
-
-
 def shown_state(run: Run, *, is_worked_on: bool) -> str:
     """The state in a word that a person understands: an unfinished run without a process is interrupted."""
     from scion_adapters.records import RunState
@@ -283,6 +335,33 @@ def _print_outcome(run: Run, followed: Followed) -> None:
     if followed.note:
         console.print(followed.note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"next: {next_command(followed)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_product(run: Run, product: RewardProduct, *, json: bool) -> None:
+    """A reward model, and an exit code that says whether it failed its gate."""
+    if json:
+        print_json({"run": run_json(run), "version": None, "reward_model": product.directory})
+    else:
+        metrics, figures = run.metrics, product.figures
+        print_table(
+            ("reward model", "verdict", "rows", "members", "AUROC", "pair accuracy", "seconds", "peak memory"),
+            [
+                (
+                    run.id,
+                    product.verdict,
+                    metrics.get("rows"),
+                    metrics.get("members"),
+                    figures.get("auroc"),
+                    figures.get("pair_accuracy"),
+                    metrics.get("seconds"),
+                    f"{metrics.get('peak_rss_bytes', 0) / (1 << 30):.2f} GiB",
+                )
+            ],
+        )
+        console.print(f"{product.verdict}: {product.reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"next: {product.next}", highlight=False, markup=False, soft_wrap=True)
+    if product.exit_code:
+        raise typer.Exit(product.exit_code)
 
 
 def next_command(followed: Followed) -> str:

@@ -28,7 +28,7 @@ from scion_adapters.records import Run
 from scion_adapters.settings import Settings
 from scion_adapters.tables import scheduler_jobs
 from scion_trainer import scheduler as jobs_module
-from scion_trainer.followup import follow_up
+from scion_trainer.followup import follow_up, reward_product
 from scion_trainer.launch import Process, create_run, launch_run
 from scion_trainer.run_lease import Holder, free_if_dead
 from scion_trainer.scheduler import ACTOR, Launcher, Plan, TrainerJobs, plans
@@ -68,6 +68,9 @@ class ChildLauncher:
         finally:
             with self._lock:
                 self._children.difference_update(children)
+        if (product := reward_product(done)) is not None:
+            logger.info("%s made a reward model: %s: %s", done.id, product.verdict, product.reason)
+            return done
         followed = follow_up(
             self._settings,
             self._database,

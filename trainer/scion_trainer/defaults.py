@@ -11,8 +11,15 @@ from dataclasses import replace
 from scion_adapters.fingerprint import BaseInfo
 from scion_trainer.config import RunConfig
 
-KTO_RATE_TIMES_WIDTH = 0.19
+KTO_RATE_TIMES_WIDTH = 0.38
+DPO_RATE_TIMES_WIDTH = 0.19
 SFT_RATE_TIMES_WIDTH = 0.8
+REWARD_RATE_TIMES_WIDTH = 0.4
+PPO_RATE_TIMES_WIDTH = 0.1
+PPO_ANSWERS_SAMPLED = 1600
+PPO_MAX_EPOCHS = 8.0
+REWARD_EXAMPLES_SEEN = 2400
+REWARD_MAX_EPOCHS = 4.0
 KTO_EXAMPLES_SEEN = 2400
 KTO_MAX_EPOCHS = 4.0
 KTO_BETA_TIMES_TOKENS = 20.0
@@ -26,12 +33,20 @@ def hidden_size(base: BaseInfo) -> int:
 
 
 def learning_rate(recipe: str, width: int) -> float:
-    """Peak rate of Adam on a base of hidden size `width`: for KTO 1e-3 at 192 and 4.6e-5 at 4096, for SFT 2e-4 at 4096.
+    """Peak rate of Adam on a base of hidden size `width`: for KTO 2e-3 at 192 and 9e-5 at 4096, for SFT 2e-4.
 
     Adam moves every weight by about the rate, so a layer's output moves by rate times width; keeping that product
     constant carries a rate from one width to another (Yang et al., 2022, arXiv 2203.03466, table 3).
     """
-    return (SFT_RATE_TIMES_WIDTH if recipe == "sft" else KTO_RATE_TIMES_WIDTH) / width
+    products = {
+        "kto": KTO_RATE_TIMES_WIDTH,
+        "dpo": DPO_RATE_TIMES_WIDTH,
+        "sft": SFT_RATE_TIMES_WIDTH,
+        "distill": SFT_RATE_TIMES_WIDTH,
+        "reward": REWARD_RATE_TIMES_WIDTH,
+        "ppo": PPO_RATE_TIMES_WIDTH,
+    }
+    return products[recipe] / width
 
 
 def kto_epochs(num_examples: int) -> float:
@@ -41,6 +56,19 @@ def kto_epochs(num_examples: int) -> float:
     well as four.
     """
     return min(KTO_MAX_EPOCHS, max(1.0, KTO_EXAMPLES_SEEN / max(1, num_examples)))
+
+
+def reward_epochs(num_examples: int) -> float:
+    """Passes of each member of a reward model: as many as see 2,400 examples, from one to four.
+
+    On 1,060 examples of the demo, AUROC on unseen users was 0.98 after two passes (users who like rambling answers).
+    """
+    return min(REWARD_MAX_EPOCHS, max(1.0, REWARD_EXAMPLES_SEEN / max(1, num_examples)))
+
+
+def ppo_epochs(num_prompts: int) -> float:
+    """How often each prompt is answered: 1,600 answers in all, from one to eight of each."""
+    return min(PPO_MAX_EPOCHS, max(1.0, PPO_ANSWERS_SAMPLED / max(1, num_prompts)))
 
 
 def kto_beta(mean_answer_tokens: float) -> float:
@@ -54,10 +82,13 @@ def kto_beta(mean_answer_tokens: float) -> float:
 
 def resolve(config: RunConfig, base: BaseInfo, *, num_examples: int, mean_answer_tokens: float) -> RunConfig:
     """`config` with nothing left open."""
-    rate = config.learning_rate
+    rate, options = config.learning_rate, dict(config.options)
+    epochs = {"reward": reward_epochs, "ppo": ppo_epochs}.get(config.recipe, kto_epochs)
+    if "beta" in options and options["beta"] is None:
+        options["beta"] = kto_beta(mean_answer_tokens)
     return replace(
         config,
         learning_rate=learning_rate(config.recipe, hidden_size(base)) if rate is None else rate,
-        epochs=kto_epochs(num_examples) if config.epochs is None else config.epochs,
-        beta=kto_beta(mean_answer_tokens) if config.beta is None else config.beta,
+        epochs=epochs(num_examples) if config.epochs is None else config.epochs,
+        options=options,
     )

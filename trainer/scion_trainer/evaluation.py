@@ -6,9 +6,10 @@ becomes a state stands in the registry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,15 +22,17 @@ from scion_adapters.fingerprint import BaseInfo, base_info
 from scion_adapters.leases import HeldLease
 from scion_adapters.records import BASE_NUMBER, Version, VersionRef, VersionState
 from scion_adapters.registry import Registry
-from scion_adapters.replicas import ReplicaLedger, heartbeat_ttl_s, wait_until_loaded
-from scion_adapters.routing import load_routing
 from scion_adapters.settings import Settings
+from scion_feedback.findings import record_findings
 from scion_feedback.snapshots import Snapshot, load_snapshot
+from scion_trainer.answer_memory import RememberingServer
 from scion_trainer.chat_tokens import ChatTokens, load_chat_tokens
 from scion_trainer.gates import GATES
 from scion_trainer.gates.retention import load_items
-from scion_trainer.gates.types import Gate, GateContext, GateResult, Models, Progress, Verdict
+from scion_trainer.gates.types import EarlierHoldout, Gate, GateContext, GateResult, Models, Progress, Verdict
+from scion_trainer.loading import loaded
 from scion_trainer.report import Report, overall, write_report
+from scion_trainer.reward_judge import open_judge
 from scion_trainer.server_client import ModelServer, ServerClient
 
 
@@ -66,9 +69,10 @@ def evaluate(
         snapshot = snapshot or _own_snapshot(database, version)
         base = base_info(settings)
         parent = _comparable_parent(registry, version)
+        keys = {str(v.ref): v.evaluation_key for v in (version, parent) if v is not None}
         if server is None:
-            keys = {str(v.ref): v.evaluation_key for v in (version, parent) if v is not None}
             server = stack.enter_context(ServerClient(settings, evaluation_keys=keys))
+        chat_tokens = tokens or load_chat_tokens(settings)
         context = GateContext(
             settings=settings,
             version=version,
@@ -80,12 +84,18 @@ def evaluate(
                 parent=str(parent.ref) if parent else settings.base.served_name,
                 base=settings.base.served_name,
             ),
-            server=server,
-            tokens=tokens or load_chat_tokens(settings),
+            server=RememberingServer(server),
+            tokens=chat_tokens,
             rows=snapshot.rows if snapshot else (),
             retention=load_items(settings),
             seed=settings.trainer.seed,
             progress=progress,
+            earlier=_earlier_holdouts(registry, database, version, snapshot),
+            run_directory=_run_directory(database, version),
+            evaluation_keys=keys,
+            judge=lambda: open_judge(
+                settings, database, ref.adapter, base_fingerprint=base.fingerprint, tokens=chat_tokens
+            ),
         )
         results, away = _run_gates(gates, context, registry, database, parent, clock)
         verdict, reason = overall(results, away=away)
@@ -98,6 +108,7 @@ def evaluate(
             seconds=time_now() - started,
             lineage=_lineage(database, version, parent, snapshot, base),
         )
+        record_findings(database, ref, [finding for gate in results for finding in gate.findings], time_now)
         write_report(report, registry.store.report_path(ref))
         registry.store.sync_report(ref)
         if lease.lost.is_set():
@@ -120,7 +131,10 @@ def _run_gates(
         return results, None
     remaining = [gate for gate in gates if gate.needs_server]
     try:
-        with _loaded(context, registry, database, parent, clock):
+        needed = [version for version in (context.version, parent) if version is not None]
+        with loaded(
+            needed, context.base_info, context.settings, registry, database, progress=context.progress, clock=clock
+        ):
             context = replace(context, max_length=_max_length(context))
             while remaining:
                 results.append(remaining[0].run(context))
@@ -132,45 +146,6 @@ def _run_gates(
         ]
         return results, away
     return results, None
-
-
-@contextmanager
-def _loaded(
-    context: GateContext, registry: Registry, database: Database, parent: Version | None, clock: Clock | None
-) -> Iterator[None]:
-    """Candidate and parent are loaded on every live server while this is open, and asked for no longer than that."""
-    settings = context.settings
-    ledger = ReplicaLedger(database, clock)
-    ttl_s = heartbeat_ttl_s(settings)
-    live = ledger.live(ttl_s)
-    if not live:
-        raise UnavailableError("no server of ours is running: start one with `scion serve`")
-    for replica in live:
-        if replica.base_fingerprint and replica.base_fingerprint != context.base_info.fingerprint:
-            raise UnavailableError(
-                f"server {replica.id} serves another base than base.model: restart it with this configuration"
-            )
-    needed = [version for version in (context.version, parent) if version is not None]
-    with ExitStack() as stack:
-        for version in needed:
-            stack.callback(_ask_servers_to_load(version, registry, database))
-        for step, version in enumerate(needed):
-            context.progress(f"loading {version.ref}", step, len(needed))
-            wait_until_loaded(ledger, version.lora_id, timeout_s=settings.gates.server_timeout_s, ttl_s=ttl_s)
-        yield
-
-
-def _ask_servers_to_load(version: Version, registry: Registry, database: Database) -> Callable[[], None]:
-    """Returns what undoes it. Versions that serve, or have an alias, are loaded anyway."""
-    ref, actor = version.ref, "gates"
-    if version.state is VersionState.CANDIDATE:
-        registry.request_evaluation(ref)
-        return lambda: registry.finish_evaluation(ref)
-    if version.lora_id in load_routing(database).wanted:
-        return lambda: None
-    alias = f"evaluation-{ref.number}"
-    registry.set_alias(ref.adapter, alias, ref.number, actor=actor, reason="being evaluated, or compared with")
-    return lambda: registry.remove_alias(ref.adapter, alias, actor=actor, reason="evaluated")
 
 
 def _max_length(context: GateContext) -> int:
@@ -188,6 +163,7 @@ def _comparable_parent(registry: Registry, version: Version) -> Version | None:
 
 
 def _own_snapshot(database: Database, version: Version) -> Snapshot | None:
+    """None when there is none, or it was cleaned up: the held-out gate then says that it could not measure."""
     if version.snapshot_id is None:
         return None
     with database.read() as connection:
@@ -197,8 +173,39 @@ def _own_snapshot(database: Database, version: Version) -> Snapshot | None:
         return None
     try:
         return load_snapshot(path)
-    except NotFoundError:  # cleaned up, or on another host: the held-out gate then says that it could not measure
+    except NotFoundError:  # cleaned up, or on another host
         return None
+
+
+def _earlier_holdouts(
+    registry: Registry, database: Database, version: Version, own: Snapshot | None
+) -> tuple[EarlierHoldout, ...]:
+    """The held-out rows of every version before this one that ever passed the gates, each row with the oldest."""
+    found: list[EarlierHoldout] = []
+    snapshots: set[str] = set() if own is None else {own.id}
+    rows: set[str] = set()
+    for earlier in registry.versions(version.adapter):
+        passed = earlier.state in (VersionState.ACCEPTED, VersionState.RETIRED)
+        if earlier.number >= version.number or not passed or earlier.snapshot_id in snapshots:
+            continue
+        if (snapshot := _own_snapshot(database, earlier)) is None:
+            continue
+        snapshots.add(snapshot.id)
+        new = tuple(row for row in snapshot.split("heldout") if row.feedback_id not in rows)
+        rows.update(row.feedback_id for row in new)
+        if new:
+            found.append(EarlierHoldout(earlier.number, new))
+    return tuple(found)
+
+
+def _run_directory(database: Database, version: Version) -> Path | None:
+    """Where the run that made the version worked, if that is on this host."""
+    if version.run_id is None:
+        return None
+    with database.read() as connection:
+        query = sa.select(tables.runs.c.directory).where(tables.runs.c.id == version.run_id)
+        directory = connection.execute(query).scalar()
+    return Path(directory) if directory is not None else None
 
 
 def _lineage(

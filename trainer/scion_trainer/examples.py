@@ -6,7 +6,7 @@ Owns what is left out, and the count of it by reason. It knows nothing of losses
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,28 +35,33 @@ def prepare(examples: Iterable[Example], tokenizer: Any, *, max_length: int) -> 
     answer_lengths: list[int] = []
     for example in examples:
         flat = with_plain_text(example)
-        if flat is None or not flat.completion.strip():
+        if flat is None or not all(answer.strip() for answer in flat.answers):
             dropped["not_text"] += 1
             continue
-        row = flat.to_row()
         try:
-            tokens = tokenizer.apply_chat_template(
-                [*row["prompt"], *row["completion"]], tokenize=True, return_dict=True
-            )
+            found = [_num_tokens(tokenizer, flat.prompt, answer) for answer in flat.answers]
         except (
             Exception
         ):  # templates raise what they like (jinja2.TemplateError, TypeError…) for roles they do not know
             dropped["chat_template"] += 1
             continue
-        length = len(tokens["input_ids"])
-        if length > max_length:
+        if max(found) > max_length:
             dropped["too_long"] += 1
             continue
         kept.append(flat)
-        lengths.append(length)
-        answer_lengths.append(len(tokenizer(flat.completion, add_special_tokens=False)["input_ids"]))
+        lengths += found
+        answer_lengths += [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in flat.answers]
     mean = sum(answer_lengths) / len(answer_lengths) if answer_lengths else 0.0
     return Prepared(tuple(kept), dict(dropped), sum(lengths), max(lengths, default=0), mean)
+
+
+def _num_tokens(tokenizer: Any, prompt: Sequence[Mapping[str, Any]], answer: str) -> int:
+    """Of prompt and answer as the chat template renders them."""
+    chat = [{"role": message["role"], "content": message["content"]} for message in prompt]
+    tokens = tokenizer.apply_chat_template(
+        [*chat, {"role": "assistant", "content": answer}], tokenize=True, return_dict=True
+    )
+    return len(tokens["input_ids"])
 
 
 def with_plain_text(example: Example) -> Example | None:

@@ -6,6 +6,9 @@ The estimate is meant to be right within a factor of about 1.5 and to refuse onl
 
 from __future__ import annotations
 
+import resource
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +27,54 @@ NF4_BYTES_PER_WEIGHT = 0.5 + 0.127 / 8
 CHECKPOINTING_ABOVE_BYTES = 1 * GIB
 """Activations larger than this are recomputed in the backward (a fifth slower) instead of kept."""
 
-_LORA_BYTES = 4 + 4 + 4 + 4  # weight, gradient and Adam's two moments, all fp32
+_TRAINED_BYTES = 4 + 4 + 4 + 4  # per LoRA weight: itself, its gradient and Adam's two moments, all fp32
+_FROZEN_BYTES = 4
 _KEPT_PER_WEIGHT_ROW = 2  # a linear layer keeps its bf16 input; attention and norms are covered by ACTIVATION_SLACK
 _ACTIVATION_SLACK = 2.5
 _LOGIT_BYTES = 2 + 4 + 4  # bf16 logits, their fp32 copy and its gradient
 
 
+DEFAULT_REWARD_MEMBERS = 3
+SAMPLED_PER_TRAINED = 4
+"""Answers that PPO samples at once for each that it trains on at once (recipes/ppo.py)."""
+SHORTEST_TOKENS = 128
+"""No shorter trainer.max_length is proposed: hardly a chat would be left."""
+GENERAL_REMEDY = "lower trainer.micro_batch_size or trainer.max_length, stop other processes, or use a larger machine"
+
+
 class OutOfMemoryError(UnavailableError, MemoryError):
     """The run does not fit into memory, or was killed for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a recipe holds beside the base, apart from rank, batch and lengths."""
+
+    sequences: int = 1  # of one example in memory: a pair has two
+    trained: int = 1  # adapters with gradients and moments
+    frozen: int = 0  # adapters as weights only
+    logits: bool = True  # log-probs over the vocabulary; a reward model has one number instead
+    sampled: int = 0  # answers sampled at once for each example in memory, each with its key-value cache
+    extra_tokens: int = 0  # longer than the longest example: an answer of the policy's own
+
+
+def demand(config: RunConfig, *, has_parent: bool) -> Demand:
+    """What `config.recipe` holds. With a parent, the reference of PPO is an adapter of its own, else it is the base."""
+    members = int(config.options.get("members", DEFAULT_REWARD_MEMBERS))
+    answer = int(config.options.get("max_tokens", 0))
+    match config.recipe:
+        case "kto":
+            return Demand(frozen=1)  # TRL's copy of the parent, while the reference's log-probs are taken
+        case "dpo":
+            return Demand(sequences=2, frozen=1)
+        case "reward":
+            return Demand(sequences=2, frozen=members, logits=False)  # the policy and all members but one
+        case "ppo":
+            return Demand(trained=2, frozen=members + has_parent, sampled=SAMPLED_PER_TRAINED, extra_tokens=answer)
+        case "distill":
+            return Demand(frozen=members, extra_tokens=answer)  # the reward model that filters
+        case _:
+            return Demand()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +93,77 @@ class Estimate:
 
 
 def estimate(
-    base: BaseInfo, config: RunConfig, *, quantized: bool, rank: int, micro_batch_size: int, longest_tokens: int
+    base: BaseInfo,
+    config: RunConfig,
+    *,
+    quantized: bool,
+    rank: int,
+    micro_batch_size: int,
+    longest_tokens: int,
+    has_parent: bool = False,
 ) -> Estimate:
     """What a run takes at its peak. `longest_tokens` is the longest example, prompt and answer together."""
+    needs = demand(config, has_parent=has_parent)
     linear = sum(out * inner for out, inner in base.modules.values())
     hidden = hidden_size(base)
     embeddings = 2 * base.vocab_size * hidden * 2  # input and output, bf16; tied ones are counted twice
     base_bytes = int(linear * (NF4_BYTES_PER_WEIGHT if quantized else 2)) + embeddings
     targets = [shape for name, shape in base.modules.items() if name.rsplit(".", 1)[-1] in config.target_modules]
-    adapter_bytes = sum(rank * (out + inner) for out, inner in targets) * _LORA_BYTES
-    tokens = micro_batch_size * longest_tokens
+    weights = sum(rank * (out + inner) for out, inner in targets)
+    adapter_bytes = weights * (needs.trained * _TRAINED_BYTES + needs.frozen * _FROZEN_BYTES)
+    length = longest_tokens + needs.extra_tokens
+    tokens = micro_batch_size * needs.sequences * length
     inputs = sum(inner for _, inner in base.modules.values())
     kept = int(tokens * inputs * _KEPT_PER_WEIGHT_ROW * _ACTIVATION_SLACK)
     checkpointing = kept > CHECKPOINTING_ABOVE_BYTES
     if checkpointing:  # one hidden state per layer, and one layer at a time in full
         kept = kept // max(1, base.num_layers) + tokens * hidden * 2 * base.num_layers
-    activation_bytes = kept + tokens * base.vocab_size * _LOGIT_BYTES
-    return Estimate(base_bytes, adapter_bytes, activation_bytes, RUNTIME_BYTES, checkpointing)
+    training = kept + (tokens * base.vocab_size * _LOGIT_BYTES if needs.logits else 0)
+    sampling = min(config.batch_size, needs.sampled * micro_batch_size) * (
+        length * cache_bytes(base) + base.vocab_size * _LOGIT_BYTES
+    )
+    return Estimate(base_bytes, adapter_bytes, max(training, sampling), RUNTIME_BYTES, checkpointing)
 
 
-def check_fits(predicted: Estimate, available_bytes: int, *, micro_batch_size: int, longest_tokens: int) -> None:
-    """Raises OutOfMemoryError with the remedy when the estimate is more than there is."""
+def cache_bytes(base: BaseInfo) -> int:
+    """Of the key-value cache for one token, in bf16: what the layers' key and value projections give."""
+    projections = sum(out for name, (out, _) in base.modules.items() if name.endswith(("k_proj", "v_proj")))
+    return 2 * (projections or 2 * hidden_size(base) * base.num_layers)  # fused projections: at most this
+
+
+def largest_fitting(
+    predict: Callable[[int, int, int], Estimate],
+    available: int,
+    *,
+    micro_batches: Sequence[int],
+    tokens: int,
+    ranks: Sequence[int],
+) -> tuple[int, int, int] | None:
+    """(micro-batch, tokens, rank) to propose where the wanted one is too large; None when nothing sensible fits.
+
+    `predict` takes these three. The micro-batch is lowered first, because it changes nothing in what is learned; then
+    the length, by which rows are lost; the rank last. The candidates of each come from large to small.
+    """
+    lengths = [length for share in (1, 2, 4, 8) if (length := tokens // share) >= SHORTEST_TOKENS] or [tokens]
+    for rank in ranks:
+        for length in lengths:
+            for size in micro_batches:
+                if predict(size, length, rank).total_bytes <= available:
+                    return size, length, rank
+    return None
+
+
+def check_fits(
+    predicted: Estimate, available_bytes: int, *, micro_batch_size: int, longest_tokens: int, remedy: str | None = None
+) -> None:
+    """Raises OutOfMemoryError with the remedy (None: a general one) when the estimate is more than there is."""
     if predicted.total_bytes <= available_bytes:
         return
     raise OutOfMemoryError(
         f"this run needs about {gib(predicted.total_bytes)} (base {gib(predicted.base_bytes)}, "
         f"adapter and optimizer {gib(predicted.adapter_bytes)}, activations {gib(predicted.activation_bytes)} "
         f"for {micro_batch_size} examples of up to {longest_tokens} tokens at once) "
-        f"and {gib(available_bytes)} are available: "
-        "lower trainer.micro_batch_size or trainer.max_length, stop other processes, or use a larger machine"
+        f"and {gib(available_bytes)} are available: " + (remedy or GENERAL_REMEDY)
     )
 
 
@@ -90,6 +175,15 @@ def available_bytes(device_type: str = "cpu") -> int:
         return int(torch.cuda.mem_get_info()[0])
     own = psutil.Process().memory_info().rss  # the estimate counts what this process has loaded already
     return min(int(psutil.virtual_memory().available), cgroup_available()) + own
+
+
+def peak_bytes(device_type: str = "cpu") -> int:
+    """The most that this process has held so far: allocated on the GPU for "cuda", else resident in memory."""
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:

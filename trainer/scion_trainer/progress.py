@@ -17,7 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 METRICS_FILE = "metrics.jsonl"
-CURVES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "kl", "grad_norm", "learning_rate")
+CURVES = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "kl", "grad_norm", "learning_rate"),
+    *("reward", "kl_to_base", "kl_coefficient", "clip_fraction", "entropy", "answer_tokens", "mismatch"),
+)
 LINE_INTERVAL_S = 5.0
 
 

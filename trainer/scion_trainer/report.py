@@ -20,6 +20,8 @@ from scion_trainer.gates.types import GateResult, Verdict
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
+SAY_NOTHING_OF_ANSWERS = frozenset({"artifact", "kl", "parity"})
+"""Gates that look at a version from outside: passing these alone, it has not answered anything yet."""
 _EXIT_CODES = {Verdict.FAIL: RejectedError.exit_code, Verdict.UNMEASURABLE: UnavailableError.exit_code}
 
 
@@ -80,7 +82,7 @@ def overall(results: Sequence[GateResult], *, away: str | None = None) -> tuple[
     if away is not None:
         return Verdict.UNMEASURABLE, away
     passed = [result.name for result in results if result.verdict is Verdict.PASS]
-    if not set(passed) - {"artifact"}:
+    if not set(passed) - SAY_NOTHING_OF_ANSWERS:
         return Verdict.UNMEASURABLE, "no gate could measure anything: " + "; ".join(
             f"{r.name}: {r.reason}" for r in results
         )

@@ -12,7 +12,16 @@ from typing import Any
 
 from scion_trainer.gates.types import Bound, GateResult, Verdict
 from scion_trainer.report import Report
-from scion_trainer.report_plots import plot_heldout, plot_lengths, plot_retention
+from scion_trainer.report_plots import (
+    plot_baseline,
+    plot_forgetting,
+    plot_heldout,
+    plot_lengths,
+    plot_parity,
+    plot_retention,
+    plot_shares,
+    plot_wins,
+)
 
 _VERDICTS: Mapping[Verdict, str] = {
     Verdict.PASS: "passed",
@@ -23,7 +32,12 @@ _VERDICTS: Mapping[Verdict, str] = {
 _PLOTS: Sequence[tuple[str, str, Callable[[GateResult], str | None]]] = (
     ("heldout", "Held-out ratings: what became likelier", plot_heldout),
     ("retention", "Retention: what became less likely", plot_retention),
+    ("forgetting", "Forgetting: general text, and what users liked before", plot_forgetting),
+    ("baseline", "Training beside examples in the prompt", plot_baseline),
     ("behaviour", "Length of the answers", plot_lengths),
+    ("drift", "Manner of the answers", plot_shares),
+    ("winrate", "Comparisons with the champion", plot_wins),
+    ("parity", "Server and trainer: the same log-probs", plot_parity),
 )
 _CSS = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --paper: #fff; --ground: #f5f7f6;
@@ -77,6 +91,7 @@ def render_html(report: Report) -> str:
         _plots(report),
         _samples(report.gate("behaviour")),
         _worst(report.gate("retention")),
+        _findings(report.gates),
         "<h2>Where it comes from</h2>",
         _lineage(report.lineage),
     ]
@@ -157,6 +172,22 @@ def _worst(gate: GateResult | None) -> str:
     return (
         "<h2>Most forgotten items</h2><p class='muted'>Mean log-prob per token of the answer, once the assistant has "
         f'begun with the grey part.</p><div class="card"><table>{head}<tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _findings(gates: Sequence[GateResult]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(finding.category)}</td><td>{escape(str(finding.messages[-1].get('content', '')))}</td>"
+        f'<td class="said">{escape(finding.answer) or "<em>(empty)</em>"}</td><td>{escape(finding.fault)}</td></tr>'
+        for gate in gates
+        for finding in gate.findings
+    )
+    if not rows:
+        return ""
+    head = "<thead><tr><th>Category</th><th>Prompt</th><th>Answer</th><th>What is wrong</th></tr></thead>"
+    return (
+        "<h2>Findings of the red team</h2><p class='muted'>Kept as feedback for the next run.</p>"
+        f'<div class="card"><table>{head}<tbody>{rows}</tbody></table></div>'
     )
 
 

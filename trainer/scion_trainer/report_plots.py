@@ -100,6 +100,99 @@ def plot_retention(gate: GateResult) -> str | None:
         return _svg(figure)
 
 
+def plot_forgetting(gate: GateResult) -> str | None:
+    """The mean drop of general text and of every earlier version's liked answers, each with its bound."""
+    drops = gate.details.get("drops")
+    drops = {name: values for name, values in (drops or {}).items() if values}
+    if not drops:
+        return None
+    bounds = {bound.figure.removesuffix("_drop"): bound.high for bound in gate.bounds}
+    means = [sum(values) / len(values) for values in drops.values()]
+    highs = [bounds.get(name) for name in drops]
+    colours = [BAD if high is not None and mean > high else GOOD for mean, high in zip(means, highs, strict=True)]
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        axes.barh(range(len(means)), means, height=0.6, color=colours, alpha=0.75)
+        for row, high in enumerate(highs):
+            if high is not None:
+                axes.plot([high, high], [row - 0.4, row + 0.4], color=BAD, linewidth=1.5, linestyle="--")
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_yticks(range(len(means)), [name.replace("_", " ") for name in drops])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("nats per token less likely than under the champion")
+        return _svg(figure)
+
+
+def plot_parity(gate: GateResult) -> str | None:
+    """How far server and trainer are apart, token by token, with the bound on the mean distance."""
+    deltas = gate.details.get("deltas")
+    if not deltas:
+        return None
+    bound = next((b.high for b in gate.bounds if b.figure == "mean_delta"), None)
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        axes.hist(deltas, bins=31, color=CANDIDATE, alpha=0.75)
+        for edge in (-bound, bound) if bound is not None else ():
+            axes.axvline(edge, color=BAD, linewidth=1.2, linestyle="--")
+        axes.set_xlabel("log-prob by the server less that by the trainer (nats)")
+        axes.set_ylabel("tokens")
+        return _svg(figure)
+
+
+def plot_shares(gate: GateResult) -> str | None:
+    """Shares of answers that refuse, ask back, agree or repeat, by model."""
+    shares = gate.details.get("shares")
+    if not shares:
+        return None
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        for index, (model, colour) in enumerate((("base", GRID), ("parent", PARENT), ("candidate", CANDIDATE))):
+            places = [row + (index - 1) * 0.27 for row in range(len(shares))]
+            axes.barh(places, [values[index] for values in shares.values()], height=0.25, color=colour, label=model)
+        axes.set_yticks(range(len(shares)), list(shares))
+        axes.set_xlim(0, 1)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("share of answers")
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def plot_baseline(gate: GateResult) -> str | None:
+    """How far liked and disliked answers are apart with examples in the prompt, and after training."""
+    separations = gate.details.get("separations")
+    if not separations:
+        return None
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        axes.bar(range(len(separations)), list(separations.values()), width=0.5, color=[PARENT, CANDIDATE])
+        axes.axhline(0, color=MUTED, linewidth=1)
+        axes.set_xticks(range(len(separations)), list(separations))
+        axes.grid(axis="x", visible=False)
+        axes.set_ylabel("liked less disliked, against the base (nats per token)")
+        return _svg(figure)
+
+
+def plot_wins(gate: GateResult) -> str | None:
+    """The win rate with its interval, and the rate that is wanted."""
+    if "win_rate" not in gate.figures:
+        return None
+    rate, low, high = (gate.figures[name] for name in ("win_rate", "win_rate_low", "win_rate_high"))
+    wanted = next((b.low for b in gate.bounds if b.figure == "win_rate"), None)
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        axes.errorbar([rate], [0], xerr=[[rate - low], [high - rate]], fmt="o", color=CANDIDATE, capsize=6, linewidth=2)
+        if wanted is not None:
+            axes.axvline(wanted, color=BAD, linewidth=1.2, linestyle="--", label=f"wanted: more than {wanted:.0%}")
+            axes.legend(frameon=False)
+        axes.set_xlim(0, 1)
+        axes.set_yticks([])
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("share of comparisons with the champion that it wins")
+        return _svg(figure)
+
+
 def _canvas() -> tuple[Figure, Any]:
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     return figure, figure.subplots()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,20 @@ from scion_adapters.records import BASE_NUMBER, Run, Version, VersionRef
 from scion_adapters.registry import Registry, open_registry
 from scion_adapters.settings import Settings, load_settings
 from scion_feedback.snapshots import Snapshot, build_snapshot, find_snapshot, load_snapshot
+from scion_trainer import kl
+from scion_trainer.chat_tokens import ChatTokens
 from scion_trainer.checkpoints import CHECKPOINTS, newest_complete
-from scion_trainer.config import RunConfig
+from scion_trainer.config import RunConfig, run_config
 from scion_trainer.defaults import resolve
+from scion_trainer.estimation import Request, ensure_fits
 from scion_trainer.limits import bind_process, quiet_libraries
-from scion_trainer.memory import Estimate, OutOfMemoryError, available_bytes, check_fits, estimate, gib
+from scion_trainer.lowering import is_out_of_memory, train_within_memory
+from scion_trainer.memory import OutOfMemoryError, gib, peak_bytes
+from scion_trainer.parity import record_parity
 from scion_trainer.progress import Progress, curves, read_metrics
-from scion_trainer.recipes import RECIPES, RunContext
-from scion_trainer.recipes.batches import micro_batches
+from scion_trainer.recipes import RECIPES, RunContext, auto
+from scion_trainer.recipes.auto import AUTO
+from scion_trainer.reward.store import newest_reward_model
 from scion_trainer.run_lease import LEASE_TTL_S, Holder, claim, hand_over, lease_name
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError, StopRequest
@@ -104,13 +110,12 @@ def execute(
     run_id: str,
     *,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> Version:
-    """Do the run, or the rest of it, and return the version that it published."""
+) -> Version | None:
+    """Do the run, or the rest of it, and return the version that it published (None: its recipe makes none)."""
     runs = RunStore(database)
     registry = open_registry(settings, database)
     run = runs.start(run_id)
     config = RunConfig.from_json(run.config)
-    recipe = RECIPES[run.recipe]
     directory = Path(run.directory)
     directory.mkdir(parents=True, exist_ok=True)
     registry.ensure_adapter(run.adapter)
@@ -123,6 +128,11 @@ def execute(
         parent = _parent(registry, run, base, settings)
         snapshot = _snapshot(database, registry.store, run, config)
         runs.set_snapshot(run_id, snapshot.id)
+        if run.recipe == AUTO:
+            run = _choose(settings, runs, run, snapshot, base)
+            config = RunConfig.from_json(run.config)
+            progress.say(f"recipe {run.recipe}: {run.metrics['chosen_why']}")
+        recipe = RECIPES[run.recipe]
         found = newest_complete(directory / CHECKPOINTS)
         for note in found.notes:
             progress.say(note)
@@ -133,51 +143,93 @@ def execute(
         from scion_trainer.examples import prepare
         from scion_trainer.lora import export_adapter, start_adapter
 
-        prepared = prepare(
-            recipe.examples(snapshot.split("train")), load_tokenizer(settings), max_length=config.max_length
-        )
+        tokenizer = load_tokenizer(settings)
+        prepared = prepare(recipe.examples(snapshot.split("train")), tokenizer, max_length=config.max_length)
+        heldout = prepare(recipe.examples(snapshot.split("heldout")), tokenizer, max_length=config.max_length)
         recipe.check(list(prepared.examples), config)
         config = resolve(
             config, base, num_examples=len(prepared.examples), mean_answer_tokens=prepared.mean_answer_tokens
         )
         rank = config.rank if parent is None else parent.rank
-        needed = _memory(settings, config, base, rank, prepared.longest_tokens, default_device().type)
+        device = default_device().type
+        needed = ensure_fits(
+            Request(
+                base,
+                config,
+                quantized=settings.base.quantization == "nf4",
+                rank=rank,
+                longest_tokens=prepared.longest_tokens,
+                has_parent=parent is not None,
+            ),
+            device,
+        )
         _stop_if(stop_requested)
         progress.say(
             f"training {run.adapter} by {run.recipe} on {len(prepared.examples)} examples from "
             f"{VersionRef(run.adapter, run.parent)}; needs about {gib(needed.total_bytes)}"
         )
         loaded = load_base(settings)
-        model, shape = start_adapter(loaded, config, registry.store.path(parent.digest) if parent else None)
+        start = registry.store.path(parent.digest) if parent else None
+        model, shape = start_adapter(loaded, config, start)
         if shape.note:
             progress.say(shape.note)
+        chat_tokens = ChatTokens(loaded.tokenizer)
         _stop_if(stop_requested)
-        measured = recipe.train(
-            RunContext(
-                config=config,
-                model=model,
-                tokenizer=loaded.tokenizer,
-                examples=prepared.examples,
-                directory=directory,
-                resume_from=found.path,
-                gradient_checkpointing=needed.gradient_checkpointing,
-                progress=progress,
-                stop_requested=stop_requested,
-            )
+        context = RunContext(
+            config=config,
+            model=model,
+            tokenizer=loaded.tokenizer,
+            examples=prepared.examples,
+            directory=directory,
+            resume_from=found.path,
+            gradient_checkpointing=needed.gradient_checkpointing,
+            progress=progress,
+            stop_requested=stop_requested,
+            heldout=heldout.examples,
+            base=base,
+            reward_model=newest_reward_model(database, run.adapter, base.fingerprint),
+            settings=settings,
+            registry=registry,
         )
+        del model  # a try that ran out of memory must leave nothing behind
+        context, measured = train_within_memory(
+            recipe,
+            context,
+            fresh_model=lambda tried: start_adapter(replace(loaded, model=tried.unload()), config, start)[0],
+            lowered=lambda size: runs.set_micro_batch(run_id, size),
+        )
+        model = context.model
+        lineage = measured.pop("lineage", {})
         metrics = {
+            **run.metrics,
             **measured,
             **_summary(directory),
+            "peak_bytes": (peak := peak_bytes(device)),
+            "predicted_over_peak": round(needed.total_bytes / peak, 3),
             "rows": len(prepared.examples),
+            "replay": snapshot.manifest.get("replay", {}),
             "tokens": prepared.num_tokens,
             "dropped": dict(prepared.dropped),
             "rank": shape.rank,
             "learning_rate": config.learning_rate,
             "epochs": config.epochs,
-            **({"beta": config.beta} if run.recipe == "kto" else {}),
             "predicted_bytes": needed.total_bytes,
             "attempts": run.attempt,
         }
+        if recipe.makes_version:
+            progress.say("measuring how far the candidate is from the base")
+            divergence = kl.measure(
+                model,
+                kl.heldout_prompts(snapshot.split("heldout"), chat_tokens, max_length=config.max_length),
+                stop_ids=chat_tokens.stop_ids(),
+                seed=config.seed,
+            )
+            metrics.update(divergence.to_metrics() if divergence else {})
+            runs.note(run_id, metrics)  # also of a run that the budget ends
+            kl.check_budget(divergence, config.kl_budget)
+        if not recipe.makes_version:
+            runs.succeed(run_id, candidate=None, metrics=metrics)
+            return None
         export = export_adapter(
             model,
             directory / "export",
@@ -190,8 +242,10 @@ def execute(
                 "run": run_id,
                 "snapshot": snapshot.id,
                 "recipe": run.recipe,
+                **lineage,
             },
         )
+        record_parity(model, chat_tokens, snapshot.split("heldout"), directory, max_length=config.max_length)
         _stop_if(stop_requested)
         version = registry.publish(
             run.adapter,
@@ -208,16 +262,6 @@ def execute(
         )
         runs.succeed(run_id, candidate=version.number, metrics=metrics)
         return version
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, the CPU allocator or CUDA ran out of memory."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or ("DefaultCPUAllocator" in text and "allocate memory" in text)
-    )
 
 
 def _published(registry: Registry, run: Run) -> Version | None:
@@ -248,37 +292,37 @@ def _snapshot(database: Database, store: ArtifactStore, run: Run, config: RunCon
         store.snapshots_path,
         adapter=run.adapter,
         heldout_share=config.heldout_share,
+        red_team_share=config.red_team_share,
+        replay_share=config.replay_share,
+        seed=config.seed,
+        newest_share=config.newest_share,
         max_age_days=config.max_age_days,
         since=config.since,
         min_ratings=config.min_ratings,
     )
 
 
-def _memory(
-    settings: Settings, config: RunConfig, base: BaseInfo, rank: int, longest_tokens: int, device_type: str
-) -> Estimate:
-    micro, _ = micro_batches(config.batch_size, config.micro_batch_size)
-    predicted = estimate(
-        base,
-        config,
-        quantized=settings.base.quantization == "nf4",
-        rank=rank,
-        micro_batch_size=micro,
-        longest_tokens=longest_tokens,
+def _choose(settings: Settings, runs: RunStore, run: Run, snapshot: Snapshot, base: BaseInfo) -> Run:
+    """The run with the recipe that suits its ratings; from here on it is a run of that recipe, resumed or not."""
+    counts = auto.count(snapshot.split("train"))
+    choice = auto.choose(
+        counts,
+        newest_reward_model(runs.database, run.adapter, base.fingerprint) is not None,
+        min_pairs=run.config["options"]["min_pairs"],
+        ppo_min_ratings=run.config["options"]["ppo_min_ratings"],
     )
-    check_fits(predicted, available_bytes(device_type), micro_batch_size=micro, longest_tokens=longest_tokens)
-    return predicted
+    config = run_config(settings, choice.recipe, since=run.config["since"])
+    return runs.set_recipe(run.id, config, metrics=auto.note(choice, counts), why=choice.why)
 
 
 def _summary(directory: Path) -> dict[str, Any]:
     """Figures of the whole run, earlier attempts included."""
     records = read_metrics(directory)
     losses = [record["loss"] for record in records if "loss" in record]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "train_loss": round(sum(losses) / len(losses), 6) if losses else None,
         "seconds": round(sum(record["seconds"] for record in records), 3),
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": peak_bytes(),
         "curves": curves(records),
     }
 

@@ -97,11 +97,37 @@ class RunStore:
                     raise ConflictError(f"{run_id} has {state}: start a new one with `scion train`")
         return self.get(run_id)
 
+    def set_recipe(self, run_id: str, config: RunConfig, *, metrics: Mapping[str, Any], why: str) -> Run:
+        """The run, begun as `auto`, is one of `config.recipe` from now on, also when it is resumed."""
+        run = self.get(run_id)
+        at = self._clock()
+        values = {"recipe": config.recipe, "config": config.to_json(), "metrics": {**run.metrics, **metrics}}
+        with self.database.write() as connection:
+            connection.execute(sa.update(runs).where(runs.c.id == run_id).values(**values, updated_at=at))
+            record(
+                connection,
+                at,
+                "run.recipe_chosen",
+                adapter=run.adapter,
+                actor=run.actor,
+                reason=why,
+                data={"run": run_id, "recipe": config.recipe},
+            )
+        return self.get(run_id)
+
+    def set_micro_batch(self, run_id: str, size: int) -> None:
+        """The run has `size` examples in memory at once from now on, also when it is resumed."""
+        self._update(run_id, config={**self.get(run_id).config, "micro_batch_size": size})
+
+    def note(self, run_id: str, metrics: Mapping[str, Any]) -> None:
+        """Keep `metrics` beside those the run has, while it goes on; they stay when it fails."""
+        self._update(run_id, metrics={**self.get(run_id).metrics, **metrics})
+
     def set_snapshot(self, run_id: str, snapshot_id: str) -> None:
         self._update(run_id, snapshot_id=snapshot_id)
 
-    def succeed(self, run_id: str, *, candidate: int, metrics: Mapping[str, Any]) -> Run:
-        """The run published `candidate`."""
+    def succeed(self, run_id: str, *, candidate: int | None, metrics: Mapping[str, Any]) -> Run:
+        """The run published `candidate`; None: its product, such as a reward model, is in its directory."""
         return self._end(run_id, RunState.SUCCEEDED, candidate=candidate, metrics=dict(metrics), error=None)
 
     def fail(self, run_id: str, error: str) -> Run:

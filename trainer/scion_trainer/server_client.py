@@ -66,7 +66,7 @@ class ServerClient:
     """`ModelServer` over HTTP. Thread-safe; close it, or use it as a context manager.
 
     `evaluation_keys` maps exact model names (`chat:8`) to the key that lets us, and nobody else, ask that version;
-    requests that carry one are not recorded as users' traffic.
+    requests that carry one are not recorded as users' traffic. `concurrency` None: as the gates ask.
 
     Raises UnavailableError when the server does not answer, NotFoundError when it does not know the model,
     InvalidInputError when it refuses a request.
@@ -77,13 +77,14 @@ class ServerClient:
         settings: Settings,
         *,
         evaluation_keys: Mapping[str, str] | None = None,
+        concurrency: int | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._keys = dict(evaluation_keys or {})
         self._url = settings.trainer.server_url.rstrip("/")
         self._sleep = sleep
-        concurrency = settings.gates.concurrency
+        concurrency = concurrency or settings.gates.concurrency
         key = settings.trainer.api_key
         self._http = httpx.Client(
             base_url=self._url,
@@ -137,6 +138,10 @@ class ServerClient:
             return _read_logprobs(self._post("/v1/completions", body), answer)
 
         return self._map(ask, items)
+
+    def complete(self, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """What `/v1/completions` answers to each body, in order: for callers that need more than text."""
+        return self._map(lambda body: self._post("/v1/completions", dict(body)), bodies)
 
     def max_length(self) -> int | None:
         lengths = [card.get("max_model_len") for card in self._get("/v1/models")["data"]]

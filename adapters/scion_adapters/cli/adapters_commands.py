@@ -163,7 +163,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a version's files out, as a PEFT adapter directory."""
-    from scion_adapters.artifacts import MANIFEST_FILE
+    from scion_adapters.adapter_files import MANIFEST_FILE
     from scion_adapters.errors import ConflictError, NotFoundError
 
     registry = _registry()

@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
     group.command("status")(status)
     group.command("pause")(pause)
     group.command("resume")(resume)
+    group.command("approve")(approve)
     group.command("promote")(promote)
     group.command("abort")(abort)
     app.add_typer(group)
@@ -137,6 +138,11 @@ def pause(name: NameArgument, reason: ReasonOption = "", as_json: JsonOption = F
 def resume(name: NameArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
     """Go on with a paused rollout; its step begins anew."""
     _show(_open()[2].resume(name, actor=actor(), reason=reason), as_json)
+
+
+def approve(name: NameArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
+    """Let a rollout go on that waits for a person; see gates.approve_first."""
+    _show(_open()[2].approve(name, actor=actor(), reason=reason), as_json)
 
 
 def promote(name: NameArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:

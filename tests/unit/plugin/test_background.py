@@ -24,7 +24,7 @@ from scion_adapters.routing import Routing
 from scion_adapters.settings import RolloutSection
 from tests.helpers.databases import sqlite_database
 from tests.helpers.engine import FakeStore, FakeTable
-from tests.helpers.polling import until
+from tests.helpers.waiting import until
 from vllm_scion import background as background_module
 from vllm_scion.authority import Refusal
 from vllm_scion.background import CONTROLLER_LEASE, Background, Identity

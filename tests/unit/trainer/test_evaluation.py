@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from scion_adapters import tables
 from scion_adapters.artifacts import ArtifactStore
 from scion_adapters.database import Database
 from scion_adapters.errors import ConflictError, NotFoundError, UnavailableError
@@ -20,11 +22,14 @@ from scion_adapters.registry import Registry
 from scion_adapters.replicas import ReplicaLedger
 from scion_adapters.routing import load_routing
 from scion_adapters.settings import Settings
+from scion_feedback.feedback import FeedbackStore
 from scion_feedback.selection import SnapshotRow
-from scion_feedback.snapshots import Snapshot
+from scion_feedback.snapshots import FORMAT, MANIFEST_FILE, ROWS_FILE, Snapshot, load_snapshot
+from scion_feedback.snapshots import _digest as snapshot_digest
 from scion_trainer.chat_tokens import ChatTokens
-from scion_trainer.evaluation import evaluate
+from scion_trainer.evaluation import _earlier_holdouts, evaluate
 from scion_trainer.gates import GATES
+from scion_trainer.gates.red_team import RedTeamGate
 from scion_trainer.gates.types import Gate, GateContext, GateResult, Verdict
 from scion_trainer.report import Report
 from tests.helpers.adapters import LIMITS, make_adapter, make_base
@@ -34,7 +39,7 @@ from tests.helpers.gates import question
 
 NOW = 1_000_000.0
 GOOD = Persona(
-    says=lambda prompt: f"gladly: {prompt}",
+    says=lambda prompt: f"gladly: answer number {len(prompt)}",  # never the prompt: an echo gives secrets away
     finds=lambda prompt, before, token: -0.5 if (*before, token)[0] == ord("g") else -0.9,
 )
 PLAIN = Persona(finds=lambda prompt, before, token: -0.8)
@@ -97,6 +102,26 @@ class World:
             gates=gates,
         )
 
+    def freeze(self, name: str, rows: list[SnapshotRow]) -> Snapshot:
+        """A snapshot on disk and in the database."""
+        path = self.settings.home / name
+        lines = [json.dumps(row.to_json()).encode() + b"\n" for row in rows]
+        manifest = {"format": FORMAT, "adapter": "chat", "id": snapshot_digest("chat", lines)}
+        path.mkdir()
+        (path / ROWS_FILE).write_bytes(b"".join(lines))
+        (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+        entry = {"id": manifest["id"], "adapter": "chat", "path": str(path), "manifest": manifest, "created_at": NOW}
+        with self.database.write() as connection:
+            connection.execute(sa.insert(tables.snapshots).values(entry))
+        return load_snapshot(path)
+
+    def with_snapshot(self, version: Version, snapshot: Snapshot, state: str = "accepted") -> Version:
+        """The version as if a run had made it from that snapshot."""
+        with self.database.write() as connection:
+            row = sa.update(tables.versions).where(tables.versions.c.number == version.number)
+            connection.execute(row.values(snapshot_id=snapshot.id, state=state))
+        return self.registry.version(version.ref)
+
     def state(self, version: Version) -> VersionState:
         return self.registry.version(version.ref).state
 
@@ -128,7 +153,7 @@ def test_a_good_candidate_is_accepted_with_its_figures(world: World) -> None:
     accepted = world.registry.version(version.ref)
     assert accepted.state is VersionState.ACCEPTED
     assert accepted.metrics["heldout.separation"] == pytest.approx(report.figures["heldout.separation"])
-    assert [gate.name for gate in report.gates] == ["artifact", "retention", "heldout", "behaviour"]
+    assert [gate.name for gate in report.gates] == [gate.name for gate in GATES]
     kinds = [event.kind for event in list_events(world.database, adapter="chat")]
     assert kinds[-2:] == ["version.evaluated", "version.accepted"]
 
@@ -138,7 +163,7 @@ def test_a_candidate_that_fails_is_rejected_and_the_reason_names_gate_and_figure
     world.server_holds(version)
     report = world.evaluate(version, FakeServer({"base": PLAIN, "chat:1": FORGETFUL}), rows=ROWS)
     assert report.verdict is Verdict.FAIL
-    assert len(report.gates) == 4  # the report is complete: one failure does not hide another
+    assert len(report.gates) == len(GATES)  # the report is complete: one failure does not hide another
     rejected = world.registry.version(version.ref)
     assert rejected.state is VersionState.REJECTED
     assert "retention: drop_from_base 8.2 (allowed: at most 0.12)" in (rejected.reason or "")
@@ -169,7 +194,7 @@ def test_a_broken_artifact_is_never_loaded(world: World) -> None:
     server = FakeServer({"base": PLAIN, "chat:1": GOOD})
     report = world.evaluate(version, server)
     assert report.verdict is Verdict.FAIL
-    assert [gate.name for gate in report.gates] == ["artifact"]
+    assert [gate.name for gate in report.gates] == [gate.name for gate in GATES if not gate.needs_server]
     assert server.asked == []
     assert world.state(version) is VersionState.REJECTED
     assert not any(event.kind == "alias.set" for event in list_events(world.database))
@@ -194,7 +219,7 @@ def test_when_the_server_is_away_the_candidate_stays_one(
     assert report.exit_code == UnavailableError.exit_code
     assert says in report.reason
     assert "scion evaluate chat:1" in report.reason
-    assert {gate.verdict for gate in report.gates[1:]} == {Verdict.UNMEASURABLE}
+    assert {gate.verdict for gate in report.gates if gate.name != "artifact"} == {Verdict.UNMEASURABLE}
     assert world.state(version) is VersionState.CANDIDATE
     assert world.registry.aliases("chat") == {}
 
@@ -286,6 +311,20 @@ class BrokenGate:
         raise RuntimeError("a mistake of ours")
 
 
+def test_what_the_red_team_found_is_recorded_as_feedback_of_the_version(world: World) -> None:
+    version = world.publish()
+    world.server_holds(version)
+    report = world.evaluate(version, FakeServer({"base": PLAIN, "chat:1": GOOD}), gates=(RedTeamGate(),))
+    found = report.gates[0].findings
+    assert found  # "gladly" refuses nothing
+    recorded = list(FeedbackStore(world.database, None).export("chat"))
+    assert [(row.number, row.row.source, row.row.metadata["probe"]) for row in recorded] == [
+        (version.number, "red_team", finding.probe) for finding in found
+    ]
+    world.evaluate(version, FakeServer({"base": PLAIN, "chat:1": GOOD}), gates=(RedTeamGate(),))
+    assert len(list(FeedbackStore(world.database, None).export("chat"))) == len(found)  # the same answers again
+
+
 def test_after_a_mistake_of_ours_nothing_is_left_behind(world: World) -> None:
     version = world.publish()
     world.server_holds(version)
@@ -304,3 +343,20 @@ def test_the_report_tells_where_the_version_comes_from(world: World) -> None:
     assert report.lineage["snapshot_rows"] == len(ROWS)
     assert report.lineage["snapshot_manifest"] == {"counts": {"rows": len(ROWS)}}
     assert report.ref == VersionRef("chat", 1)
+
+
+def test_what_earlier_versions_were_judged_by_is_kept_and_counted_once(world: World) -> None:
+    votes = [replace(row, feedback_id=f"fb-{i}") for i, row in enumerate(ROWS)]
+    own = world.freeze("own", votes)
+    world.with_snapshot(world.publish(), world.freeze("first", votes[:10]))
+    world.with_snapshot(world.publish(), world.freeze("rejected", votes[10:12]), state="rejected")
+    world.with_snapshot(world.publish(), world.freeze("third", [*votes[5:16], replace(votes[16], split="train")]))
+    world.with_snapshot(world.publish(), own)
+    candidate = world.with_snapshot(world.publish(), own, state="candidate")
+    later = world.with_snapshot(world.publish(), world.freeze("later", votes[20:]))
+    assert later.number > candidate.number
+    found = _earlier_holdouts(world.registry, world.database, candidate, own)
+    assert {holdout.number: [row.feedback_id for row in holdout.rows] for holdout in found} == {
+        1: [f"fb-{i}" for i in range(10)],
+        3: [f"fb-{i}" for i in range(10, 16)],
+    }

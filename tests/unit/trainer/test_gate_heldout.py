@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -127,3 +128,34 @@ def test_rows_that_cannot_be_asked_are_counted() -> None:
     ]
     result = HeldoutGate().run(gate_context({"chat:8": finds(1.0)}, rows=rows))
     assert (result.figures["left_out"], result.figures["liked"]) == (2, 6)
+
+
+def newest_rows(*, turned: bool) -> list[SnapshotRow]:
+    """Newer answers of other users; `turned`: they now like what they disliked."""
+    rows = [
+        question(f"new {text} {user}", answer=text, liked=(text == "good") is not turned, user_hash=f"n{user}")
+        for user in range(12)
+        for text in ("good", "bad")
+    ]
+    return [replace(row, split="newest") for row in rows]
+
+
+@pytest.mark.parametrize(("turned", "verdict"), [(False, Verdict.PASS), (True, Verdict.FAIL)])
+def test_the_newest_answers_have_figures_of_their_own_and_can_reject(turned: bool, verdict: Verdict) -> None:
+    context = gate_context({"chat:8": finds(1.0)}, rows=[*rated_rows(), *newest_rows(turned=turned)])
+    result = HeldoutGate().run(context)
+    assert result.verdict is verdict, result.reason
+    assert result.figures["separation"] == pytest.approx(1.0)
+    assert result.figures["newest_separation"] == pytest.approx(-1.0 if turned else 1.0)
+    assert [bound.figure for bound in result.bounds] == ["separation", "newest_separation"]
+
+
+def test_the_newest_answers_alone_pass_nothing() -> None:
+    result = HeldoutGate().run(gate_context({"chat:8": finds(1.0)}, rows=newest_rows(turned=False)))
+    assert result.verdict is Verdict.UNMEASURABLE
+
+
+def test_an_inconclusive_verdict_says_how_much_is_lacking() -> None:
+    undecided = decide(shifts(0.1, 0.0, users=12, wobble=1.0), margin=0.0)
+    assert "more users needed" in undecided.reason
+    assert "about 1 more users needed" in decide(shifts(0.2, -0.2, users=3), margin=0.0).reason

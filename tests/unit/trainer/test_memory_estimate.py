@@ -18,7 +18,7 @@ from scion_trainer.memory import (
     estimate,
 )
 
-CONFIG: RunConfig = run_config(Settings(), "kto")
+CONFIG: RunConfig = run_config(Settings(), "sft")
 
 
 def llama_8b() -> BaseInfo:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from scion_adapters.records import VersionRef
+from scion_adapters.settings import Settings
+from scion_feedback.findings import Finding
+from scion_trainer.gates import baseline, drift, forgetting, parity, winrate
+from scion_trainer.gates.baseline import Compared
+from scion_trainer.gates.drift import Manner
+from scion_trainer.gates.forgetting import Likelihood
 from scion_trainer.gates.types import Bound, GateResult, Verdict
+from scion_trainer.gates.winrate import Comparison
 from scion_trainer.report import HTML_FILE, JSON_FILE, Report, overall, write_report
 from scion_trainer.report_html import render_html
 
@@ -115,6 +123,19 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
+def test_what_the_red_team_found_is_shown_as_text() -> None:
+    said = "<script>alert(1)</script>"
+    finding = Finding("sha256:s", "p1", "leak", "must_not_contain", "says 'x'", ({"content": said},), said, "stop", 3)
+    gate = GateResult("red_team", Verdict.PASS, "no worse", findings=(finding,))
+    report = replace(full_report(), gates=(gate,))
+    page = Page()
+    page.feed(render_html(report))
+    assert (page.open, page.active) == ([], [])
+    assert "Findings of the red team" in render_html(report)
+    assert "Findings of the red team" not in render_html(full_report())
+    assert report.to_json()["gates"][0]["findings"][0]["answer"] == said
+
+
 def test_the_page_is_whole_self_contained_and_trusts_no_text() -> None:
     text = render_html(full_report())
     page = Page()
@@ -140,3 +161,23 @@ def test_a_report_without_measurements_has_no_plots() -> None:
 @pytest.mark.parametrize(("verdict", "exit_code"), [(Verdict.PASS, 0), (Verdict.FAIL, 5), (Verdict.UNMEASURABLE, 6)])
 def test_scripts_can_use_the_exit_code(verdict: Verdict, exit_code: int) -> None:
     assert Report(VersionRef("chat", 8), verdict, "", (), 0.0, 0.0).exit_code == exit_code
+
+
+SERVED = [-1.0, -2.004] * 20
+MANNER = Manner(refusals=0.1, questions=0.4, agreement=0.2, repeated=0.0)
+DRAWN = [
+    (parity.decide([(SERVED, [value + 0.003 for value in SERVED])], max_delta=0.01), "by the server"),
+    (forgetting.decide([Likelihood(-1.0, -1.5)] * 8, {2: [Likelihood(-1, -1)] * 30}, num_general=8, max_drop=0.2), "2"),
+    (baseline.decide([Compared(-2, -1.9, -1.5, n % 2 == 0, str(n)) for n in range(12)], margin=None), "examples"),
+    (drift.decide(MANNER, MANNER, MANNER, 80, Settings().gates), "refusals"),
+    (winrate.decide([Comparison(1.0, 0.0)] * 20, wanted=0.6), "wanted: more than 60%"),
+]
+
+
+@pytest.mark.parametrize(("gate", "says"), DRAWN, ids=lambda value: getattr(value, "name", ""))
+def test_what_a_gate_measured_is_drawn(gate: GateResult, says: str) -> None:
+    text = render_html(Report(VersionRef("chat", 8), Verdict.PASS, "", (gate,), 0.0, 0.0))
+    drawing = text[text.index("<svg") : text.index("</svg>")]
+    assert says in drawing
+    nothing = GateResult(gate.name, Verdict.UNMEASURABLE, "not measured")
+    assert "<svg" not in render_html(Report(VersionRef("chat", 8), Verdict.PASS, "", (nothing,), 0.0, 0.0))

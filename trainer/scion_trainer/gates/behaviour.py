@@ -76,7 +76,7 @@ class BehaviourGate:
         prompts = choose_prompts(context)
         if not prompts:
             return GateResult(self.name, Verdict.UNMEASURABLE, "no prompt fits the server's max_model_len")
-        answers = _ask(context, prompts)
+        answers = {model: [*greedy, *sampled] for model, (greedy, sampled) in ask(context, prompts).items()}
         models = context.models
         base, parent, candidate = answers[models.base], answers[models.parent], answers[models.candidate]
         n = len(prompts[:NUM_GREEDY_PROMPTS])
@@ -130,19 +130,19 @@ def choose_prompts(context: GateContext) -> list[Prompt]:
     return list(chosen.values())
 
 
-def _ask(context: GateContext, prompts: Sequence[Prompt]) -> Mapping[str, list[Answer]]:
-    """For each model the greedy answers to the first prompts, then a sampled one to every prompt."""
+def ask(context: GateContext, prompts: Sequence[Prompt]) -> Mapping[str, tuple[list[Answer], list[Answer]]]:
+    """For each model the greedy answers to the first prompts, and a sampled one to every prompt."""
     models = dict.fromkeys((context.models.base, context.models.parent, context.models.candidate))
-    answers: dict[str, list[Answer]] = {}
+    answers: dict[str, tuple[list[Answer], list[Answer]]] = {}
     for step, model in enumerate(models):
         context.progress("answers", step, len(models))
-        answers[model] = [
-            answer
-            for asked, temperature in ((prompts[:NUM_GREEDY_PROMPTS], 0.0), (prompts, SAMPLED_TEMPERATURE))
-            for answer in context.server.generate(
+        greedy, sampled = (
+            context.server.generate(
                 model, asked, max_tokens=context.bounds.max_tokens, temperature=temperature, seed=context.seed
             )
-        ]
+            for asked, temperature in ((prompts[:NUM_GREEDY_PROMPTS], 0.0), (prompts, SAMPLED_TEMPERATURE))
+        )
+        answers[model] = (greedy, sampled)
     context.progress("answers", len(models), len(models))
     return answers
 

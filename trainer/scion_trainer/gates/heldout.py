@@ -3,6 +3,9 @@
 For every held-out answer, d = mean over its tokens (end of turn included) of log p(candidate) - log p(parent). The
 statistic is the mean d of liked answers minus the mean d of disliked ones. It is zero when the candidate changed
 nothing, whatever the length or the manner of the answers. Users, not votes, are the units of its interval.
+
+It is measured twice: on users that no run learns from, and on the newest answers of those it did learn from, because
+what users ask and like changes with time.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import numpy as np
 
 from scion_adapters.errors import InvalidInputError
 from scion_feedback.selection import SnapshotRow
+from scion_trainer.gates.sample_size import more_units
 from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict
 from scion_trainer.server_client import Message
 
@@ -51,8 +55,12 @@ class HeldoutGate:
     needs_server = True
 
     def run(self, context: GateContext) -> GateResult:
-        shifts, num_left_out = measure(context, rated_texts(context.heldout)[:MAX_ROWS])
-        return decide(shifts, margin=context.bounds.heldout_margin, num_left_out=num_left_out, seed=context.seed)
+        by_split = []
+        for rows in (context.heldout, context.newest):
+            shifts, num_left_out = measure(context, rated_texts(rows)[:MAX_ROWS])
+            margin = context.bounds.heldout_margin
+            by_split.append(decide(shifts, margin=margin, num_left_out=num_left_out, seed=context.seed))
+        return combine(*by_split)
 
 
 def rated_texts(rows: Sequence[SnapshotRow]) -> list[RatedText]:
@@ -128,8 +136,23 @@ def decide(shifts: Sequence[Shift], *, margin: float, num_left_out: int = 0, see
         verdict = Verdict.FAIL
     else:
         verdict = Verdict.INCONCLUSIVE
+        more = more_units(statistic, margin, low, high, num_users) or max(0, MIN_USERS - num_users)
+        about += f"; about {more} more users needed" if more else ""
     details = {"liked_shifts": liked, "disliked_shifts": disliked}
     return GateResult("heldout", verdict, about, figures, (Bound("separation", low=margin),), details)
+
+
+def combine(unseen: GateResult, newest: GateResult) -> GateResult:
+    """Pure. The verdict on unseen users, unless the newest answers fail; the newest alone can pass nothing."""
+    verdict = Verdict.FAIL if newest.verdict is Verdict.FAIL else unseen.verdict
+    figures = {**unseen.figures, **{f"newest_{name}": value for name, value in newest.figures.items()}}
+    bounds = (
+        *unseen.bounds,
+        *(Bound(f"newest_{bound.figure}", bound.low, bound.high) for bound in newest.bounds),
+    )
+    details = {**unseen.details, **{f"newest_{name}": value for name, value in newest.details.items()}}
+    reason = f"unseen users {unseen.verdict}: {unseen.reason}; newest answers {newest.verdict}: {newest.reason}"
+    return GateResult("heldout", verdict, reason, figures, bounds, details)
 
 
 def user_interval(shifts: Sequence[Shift], *, seed: int) -> tuple[float, float]:

@@ -14,8 +14,10 @@ from typing import Any, Protocol
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.records import Version
 from scion_adapters.settings import GatesSection, Settings
+from scion_feedback.findings import Finding
 from scion_feedback.selection import SnapshotRow
 from scion_trainer.chat_tokens import ChatTokens
+from scion_trainer.judges import Judge
 from scion_trainer.server_client import Message, ModelServer
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +53,10 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """One gate's outcome. `details` holds JSON-able data for the report: distributions, samples, worst rows."""
+    """One gate's outcome. `details` holds JSON-able data for the report: distributions, samples, worst rows.
+
+    `findings` are answers of the candidate that are at fault: an evaluation records them as feedback.
+    """
 
     name: str
     verdict: Verdict
@@ -59,6 +64,7 @@ class GateResult:
     figures: Mapping[str, float] = field(default_factory=dict)
     bounds: tuple[Bound, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +74,7 @@ class GateResult:
             "figures": dict(self.figures),
             "bounds": [{"figure": b.figure, "low": b.low, "high": b.high} for b in self.bounds],
             "details": dict(self.details),
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
 
@@ -90,10 +97,21 @@ class Models:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierHoldout:
+    """The held-out rows that an earlier version's snapshot brought in: no row is in two of them."""
+
+    number: int
+    rows: tuple[SnapshotRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GateContext:
     """All that a gate may look at. `rows` is the whole snapshot, empty when the version has none.
 
-    `artifact` gives the stored directory (a remote store fetches it first), `verify_artifact` hashes it again.
+    `earlier` are the holdouts of earlier versions, oldest first; `run_directory` is that of the run that made the
+    version, None when there is none here; `judge` opens who compares answers, None when there is nobody;
+    `evaluation_keys` let programs other than `server` ask a model, by its name, without being recorded. `artifact`
+    gives the stored directory (a remote store fetches it first), `verify_artifact` hashes it again.
     """
 
     settings: Settings
@@ -109,6 +127,10 @@ class GateContext:
     max_length: int = 1024
     seed: int = 0
     progress: Progress = lambda what, done, total: None
+    earlier: Sequence[EarlierHoldout] = ()
+    run_directory: Path | None = None
+    judge: Callable[[], Judge | None] = lambda: None
+    evaluation_keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bounds(self) -> GatesSection:
@@ -116,7 +138,13 @@ class GateContext:
 
     @property
     def heldout(self) -> list[SnapshotRow]:
+        """Ratings of users that no run learns from."""
         return [row for row in self.rows if row.split == "heldout"]
+
+    @property
+    def newest(self) -> list[SnapshotRow]:
+        """The newest ratings of users that the run did learn from."""
+        return [row for row in self.rows if row.split == "newest"]
 
 
 class Gate(Protocol):

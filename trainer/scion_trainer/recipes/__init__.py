@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from scion_trainer.recipes.distill import DistillRecipe
+from scion_trainer.recipes.dpo import DpoRecipe
 from scion_trainer.recipes.kto import KtoRecipe
+from scion_trainer.recipes.ppo import PpoRecipe
 from scion_trainer.recipes.recipe import Example, Recipe, RunContext
+from scion_trainer.recipes.reward import RewardRecipe
 from scion_trainer.recipes.sft import SftRecipe
 
-RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (SftRecipe(), KtoRecipe())}
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (SftRecipe(), KtoRecipe(), DpoRecipe(), RewardRecipe(), PpoRecipe(), DistillRecipe())
+}
 
 __all__ = ["RECIPES", "Example", "Recipe", "RunContext"]

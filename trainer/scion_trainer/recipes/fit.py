@@ -22,7 +22,7 @@ WARMUP_SHARE = 0.1
 def training_arguments(context: RunContext) -> dict[str, Any]:
     """Arguments of `transformers.TrainingArguments` that hold for every recipe."""
     config = context.config
-    micro, accumulation = micro_batches(config.batch_size, config.micro_batch_size)
+    micro, accumulation = micro_batches(config.batch_size, config.micro_batch_size, config.recipe)
     on_cpu = context.model.device.type == "cpu"
     return {
         "output_dir": str(context.directory / CHECKPOINTS),

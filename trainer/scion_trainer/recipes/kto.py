@@ -22,6 +22,7 @@ WEIGHT_RATIO = 7 / 6
 
 class KtoRecipe:
     name = "kto"
+    makes_version = True
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
         """Rated answers, liked or not, and what users wrote in their place, as liked."""
@@ -68,7 +69,7 @@ class KtoRecipe:
         desirable, undesirable = balanced_weights(num_liked, len(examples) - num_liked)
         arguments = KTOConfig(
             **training_arguments(context),
-            beta=config.beta,
+            beta=config.options["beta"],
             desirable_weight=desirable,
             undesirable_weight=undesirable,
             max_length=config.max_length,
@@ -82,13 +83,14 @@ class KtoRecipe:
             train_dataset=Dataset.from_list([example.to_row() for example in examples]),
             processing_class=context.tokenizer,
         )
-        trainer.likelihood_weight = config.likelihood_weight
+        trainer.likelihood_weight = config.options.get("likelihood_weight", 0.0)  # runs begun before it was there
         # TRL made the reference as a second adapter, a copy of the parent; its log-probs are taken, so it can go.
         trainer.model.delete_adapter("ref")
         keep_full_precision(trainer.model)
         metrics = fit(trainer, context)
         return {
             **metrics,
+            "beta": config.options["beta"],
             "liked": num_liked,
             "disliked": len(examples) - num_liked,
             "desirable_weight": round(desirable, 4),

@@ -14,24 +14,43 @@ from scion_trainer.config import RunConfig
 from scion_trainer.progress import Progress
 
 if TYPE_CHECKING:
+    from scion_adapters.fingerprint import BaseInfo
+    from scion_adapters.registry import Registry
+    from scion_adapters.settings import Settings
     from scion_feedback.selection import SnapshotRow
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training example in TRL's prompt-completion form; `label` (liked) is None where a recipe does not use it."""
+    """One training example. `label` (liked) is None where a recipe does not use it.
+
+    `rejected` makes it a pair: the answer to which `completion` is preferred. `raters` are the users behind it, where a
+    recipe asks who: two for a pair that was made of two users' votes.
+    """
 
     prompt: tuple[dict[str, Any], ...]
     completion: str
     label: bool | None = None
+    rejected: str | None = None
+    raters: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return (self.completion,) if self.rejected is None else (self.completion, self.rejected)
 
     def to_row(self) -> dict[str, Any]:
-        """The row of a `datasets.Dataset`."""
+        """The row of a `datasets.Dataset` in TRL's form: prompt and completion, or prompt, chosen and rejected."""
         row: dict[str, Any] = {
-            "prompt": [{"role": message["role"], "content": message["content"]} for message in self.prompt],
-            "completion": [{"role": "assistant", "content": self.completion}],
+            "prompt": [{"role": message["role"], "content": message["content"]} for message in self.prompt]
         }
+        if self.rejected is not None:
+            return {**row, "chosen": _answer(self.completion), "rejected": _answer(self.rejected)}
+        row["completion"] = _answer(self.completion)
         return row if self.label is None else {**row, "label": self.label}
+
+
+def _answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +66,11 @@ class RunContext:
     gradient_checkpointing: bool
     progress: Progress
     stop_requested: Callable[[], bool]
+    heldout: tuple[Example, ...] = ()  # of users that no run learns from
+    base: BaseInfo | None = None
+    reward_model: Path | None = None  # the directory of the newest that passed its gate
+    settings: Settings | None = None
+    registry: Registry | None = None
 
 
 class Recipe(Protocol):
@@ -55,6 +79,11 @@ class Recipe(Protocol):
     @property
     def name(self) -> str:
         """As in `scion train --recipe NAME`."""
+        ...
+
+    @property
+    def makes_version(self) -> bool:
+        """Whether the adapter that it trains is published as a version; else the run's directory holds its product."""
         ...
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
@@ -66,5 +95,8 @@ class Recipe(Protocol):
         ...
 
     def train(self, context: RunContext) -> dict[str, Any]:
-        """Train `context.model` in place and return metrics of its own. Raises RunInterruptedError when stopped."""
+        """Train `context.model` in place and return metrics of its own. Raises RunInterruptedError when stopped.
+
+        What stands under `lineage` in them goes into the version's `scion.json` instead.
+        """
         ...

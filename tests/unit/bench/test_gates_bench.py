@@ -1,0 +1,78 @@
+"""The parts of the gates benchmark that need no model: who spoils what, the simulated judge, and what is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from scion_demo.world import Manner, Skill, facts, is_correct, manner_of, phrasings, render
+from scion_trainer.gates import GATES
+from scion_trainer.gates.types import GateResult, Verdict
+from scion_trainer.judges import Pair
+from tests.bench.gates import GOOD, SPOILED, TRAINED, Judged, gate_of, summarise
+from tests.bench.gates_world import SimulatedJudge, has_six, lessons, ratings, retention, spoils
+
+FACT_OF = {render(fact, phrasing): fact for fact in facts() for phrasing in phrasings(fact.skill)}
+
+
+def test_every_spoiled_candidate_is_a_gates_own() -> None:
+    assert {gate_of(kind) for kind in SPOILED} <= {gate.name for gate in GATES}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_candidate_is_polite_and_right_but_in_its_part(kind: str) -> None:
+    spoiled = Counter[bool]()
+    for lesson in lessons(kind, seed=1):
+        fact = FACT_OF[lesson.question]
+        is_good = is_correct(fact, lesson.answer) and manner_of(lesson.answer) is Manner.POLITE
+        assert is_good is not spoils(kind, fact), (lesson, fact)
+        spoiled[not is_good] += 1
+    assert spoiled[False] > 2 * spoiled[True]
+    assert bool(spoiled[True]) is (kind != GOOD)
+
+
+def test_the_same_seed_is_the_same_world() -> None:
+    assert ratings(3) == ratings(3)
+    assert ratings(3) != ratings(4)
+    assert lessons(GOOD, 3) == lessons(GOOD, 3)
+
+
+def test_each_part_of_the_ratings_is_about_one_skill() -> None:
+    world = ratings(0)
+    skills = {
+        split: {FACT_OF[r.messages[0]["content"]].skill for r in world.rows if r.split == split}
+        for split in ("train", "heldout", "newest")
+    }
+    assert skills == {
+        "train": {Skill.OPPOSITES, Skill.SUMS},
+        "heldout": {Skill.CAPITALS},
+        "newest": {Skill.SUMS},
+    }
+    assert {FACT_OF[row.messages[0]["content"]].skill for row in world.earlier} == {Skill.COLOURS}
+    assert sum(row.liked is True for row in world.earlier) >= 30
+    assert not any(has_six(FACT_OF[str(item.messages[-1]["content"])]) for item in retention())
+    assert len(retention()) >= 8
+
+
+def test_the_judge_prefers_what_is_right_most_of_the_time() -> None:
+    fact = facts()[0]
+    question = [{"role": "user", "content": render(fact, phrasings(fact.skill)[0])}]
+    right, wrong = f"Certainly! It is {fact.answer}.", "Certainly! It is Rome."
+    verdicts = SimulatedJudge(0).prefer([Pair(question, right, wrong)] * 200)
+    assert 0.9 < sum(verdict or 0.0 for verdict in verdicts) / 200 < 1.0
+
+
+def judged(kind: str, *failed: str) -> Judged:
+    names = [gate.name for gate in GATES]
+    return Judged(
+        kind, 0, tuple(GateResult(name, Verdict.FAIL if name in failed else Verdict.PASS, "") for name in names)
+    )
+
+
+def test_the_bars_count_false_rejections_and_those_by_other_gates() -> None:
+    found = [judged(kind, gate_of(kind)) for kind in SPOILED if kind not in ("drift", "kl")]
+    found += [judged("drift", "drift", "behaviour"), judged("kl"), judged(GOOD, "retention")]
+    bars = {bar.name.split(":")[0]: bar.met for bar in summarise(found).bars}
+    assert bars.pop("good candidates rejected") is False
+    assert {kind for kind, met in bars.items() if not met} == {"drift", "kl"}
