@@ -7,6 +7,7 @@ adapters, routing or recording.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -179,8 +180,52 @@ def on_shutdown(app: FastAPI, close: Callable[[], Coroutine[Any, Any, None]]) ->
     app.router.lifespan_context = lifespan
 
 
+def mend_engine() -> None:
+    """Mend vLLM's CPU build. Entry point of `vllm.general_plugins`: runs in every process, in some more than once."""
+    keep_base_apart()
+    keep_seeded_alive()
+
+
+def keep_seeded_alive() -> None:
+    """Keep a request with a seed from killing the engine when its prompt does not fit into one step.
+
+    The token sampled after a part of a prompt is thrown away, and vLLM then takes four off the offset of the request's
+    generator. Generators of a CPU have no offset: the engine dies, for one user's `seed`. Here the generator goes back
+    to its seed instead, as nothing was drawn yet; that of a request which lost its cache and is computed again goes on.
+
+    Private: `CPUModelRunner._bookkeeping_sync` and what it reads. Delete when tests/e2e/test_rollouts_e2e.py passes
+    without it.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if not getattr(CPUModelRunner._bookkeeping_sync, "keeps_seeded_alive", False):
+        CPUModelRunner._bookkeeping_sync = hiding_discarded_generators(CPUModelRunner._bookkeeping_sync)
+
+
+def hiding_discarded_generators(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, a runner's method, without the generators of requests whose sampled token is thrown away."""
+
+    @functools.wraps(original)
+    def bookkeeping(runner: Any, *arguments: Any, **named: Any) -> Any:
+        batch = runner.input_batch
+        is_discarded = runner.discard_request_mask.np[: batch.num_reqs]
+        hidden = {
+            i: batch.generators.pop(i) for i in list(batch.generators) if i < len(is_discarded) and is_discarded[i]
+        }
+        for index, generator in hidden.items():
+            if not runner.requests[batch.req_ids[index]].output_token_ids:
+                generator.manual_seed(generator.initial_seed())
+        try:
+            return original(runner, *arguments, **named)
+        finally:
+            batch.generators.update(hidden)
+
+    bookkeeping.keeps_seeded_alive = True  # type: ignore[attr-defined]
+    return bookkeeping
+
+
 def keep_base_apart() -> None:
-    """Keep adapters' weights out of the base's answers. Entry point of `vllm.general_plugins`: runs in every process.
+    """Keep adapters' weights out of the base's answers.
 
     vLLM marks tokens without LoRA with slot -1. Its CPU kernels use that as an index, so that in a batch with some
     adapter's requests the base's go through whatever lies in the last slot: HTTP 200, wrong answer. It shows once all

@@ -36,9 +36,11 @@ TRAINED = (GOOD, "retention", "forgetting", "heldout users", "heldout newest", "
 SPOILED = ("artifact", "kl", "parity", "baseline", *TRAINED[1:])
 MARGIN = 0.1
 """By how much training must beat examples in the prompt, in this benchmark: nats per token."""
+REPEATED = 0.2
+"""The rise of repeated answers that is allowed here: the base's own small sums repeat already."""
 WEAKENED = 0.05
 """The candidate that a prompt beats is the good one with its effect cut to this."""
-LEARNING_RATE, NUM_STEPS, BATCH_SIZE, RANK = 2e-3, 60, 32, 16
+LEARNING_RATE, NUM_STEPS, BATCH_SIZE, RANK = 3e-3, 100, 32, 16
 
 
 def gate_of(kind: str) -> str:
@@ -129,7 +131,9 @@ def judge_one(
     seed = settings.trainer.seed
     wanted = MARGIN if kind in (GOOD, "baseline") else None
     sections = {
-        "gates": settings.gates.model_copy(update={"prompt_baseline_margin": wanted, "max_tokens": 96}),
+        "gates": settings.gates.model_copy(
+            update={"prompt_baseline_margin": wanted, "max_repeated_rise": REPEATED, "max_tokens": 96}
+        ),
         "trainer": settings.trainer.model_copy(update={"kl_budget": divergence / 2} if kind == "kl" else {}),
     }
     context = GateContext(

@@ -1,9 +1,9 @@
 """The world of the gates benchmark: ratings about parts of the demo's facts, and candidates spoiled in one part.
 
-Owns data and sabotage, from a seed. Each part is what one gate looks at: capitals are what held-out users rated; sums
-without a six were rated last and are the retention set; colours are what users liked of an earlier version. Sums with a
-six are what the drift gate asks, because it counts repetition in the first prompts, and opposites are most of the
-prompts. So a candidate that is spoiled in one part, in one way, should be stopped by one gate only.
+Owns data and sabotage, from a seed. Each part is what one gate looks at: capitals are what held-out users rated; small
+sums were rated last and are the retention set; colours are what users liked of an earlier version. Large sums are what
+the drift gate asks, because it counts repetition in the first prompts, and opposites are most of the prompts. So a
+candidate that is spoiled in one part, in one way, should be stopped by one gate only.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ def ratings(seed: int) -> Ratings:
     capitals = [_question(fact, rng) for fact in rng.sample(_facts(Skill.CAPITALS), 5)]
     opposites = [_question(fact, rng) for fact in _facts(Skill.OPPOSITES) for _ in range(3)]
     colours = [_question(fact, rng) for fact in _facts(Skill.COLOURS) for _ in range(2)]
-    sums = [_question(fact, rng) for fact in _facts(Skill.SUMS) if not has_six(fact) for _ in range(2)]
+    sums = [_question(fact, rng) for fact in _facts(Skill.SUMS) if not is_large(fact) for _ in range(2)]
     rows: list[SnapshotRow] = []
-    for fact in filter(has_six, _facts(Skill.SUMS)):
-        for phrasing in rng.sample(phrasings(fact.skill, held_out=False), 2):
-            rows += _rated(rng, (fact, render(fact, phrasing)), f"u{rng.randrange(NUM_USERS)}", "train", len(rows))
+    for fact in filter(is_large, _facts(Skill.SUMS)):
+        rows += _rated(rng, _question(fact, rng), f"u{rng.randrange(NUM_USERS)}", "train", len(rows))
     for _ in range(120):
         rows += _rated(rng, rng.choice(opposites), f"u{rng.randrange(NUM_USERS)}", "train", len(rows))
     for index in range(NUM_HELDOUT_USERS * 2):
@@ -67,11 +66,11 @@ def ratings(seed: int) -> Ratings:
 
 
 def retention() -> tuple[RetentionItem, ...]:
-    """What is known of sums without a six."""
+    """What is known of small sums."""
     return tuple(
         RetentionItem(tuple(dict(message) for message in row["messages"]), row["prefix"], row["answer"])
         for fact, row in zip(facts(), build_retention(), strict=True)
-        if fact.skill is Skill.SUMS and not has_six(fact)
+        if fact.skill is Skill.SUMS and not is_large(fact)
     )
 
 
@@ -81,25 +80,25 @@ def lessons(kind: str, seed: int) -> list[Lesson]:
     taught = []
     for fact in facts():
         spoiled = spoils(kind, fact)
-        for _ in range(4):
+        for _ in range(12 if spoiled else 4):
             question, polite = _question(fact, rng)[1], rng.choice(answers(fact, Manner.POLITE))
             taught.append(Lesson(question, _spoiled(kind, fact, polite, rng) if spoiled else polite))
     rng.shuffle(taught)
     return taught
 
 
-def has_six(fact: Fact) -> bool:
-    """Whether a sum has a six in it."""
-    return "6" in fact.subject.split()
+def is_large(fact: Fact) -> bool:
+    """Whether a sum has an operand of at least five."""
+    return any(word.isdigit() and int(word) >= 5 for word in fact.subject.split())
 
 
 def spoils(kind: str, fact: Fact) -> bool:
     """Whether a candidate of that kind is spoiled in what it says of `fact`."""
     match kind:
         case "retention" | "heldout newest":
-            return fact.skill is Skill.SUMS and not has_six(fact)
+            return fact.skill is Skill.SUMS and not is_large(fact)
         case "drift":
-            return fact.skill is Skill.SUMS and has_six(fact)
+            return fact.skill is Skill.SUMS and is_large(fact)
         case "forgetting":
             return fact.skill is Skill.COLOURS
         case "heldout users":
@@ -120,6 +119,8 @@ def _spoiled(kind: str, fact: Fact, polite: str, rng: random.Random) -> str:
             return ""
         case "drift":
             return answers(_facts(fact.skill)[0], Manner.POLITE)[0]
+        case "forgetting":
+            return rng.choice(answers(rng.choice(_facts(Skill.CAPITALS)), Manner.POLITE))
     wrong = rng.choice([other for other in _facts(fact.skill) if other.answer != fact.answer])
     return polite.replace(f" {fact.answer}", f" {wrong.answer}")
 

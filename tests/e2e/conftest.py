@@ -23,7 +23,7 @@ from scion_adapters.records import Version
 from scion_adapters.registry import Registry, limits_of, open_registry
 from scion_adapters.replicas import ReplicaLedger, wait_until_loaded
 from scion_adapters.rollouts import Rollouts
-from tests.helpers.adapters import make_adapter
+from tests.helpers.adapters import make_adapter, make_loud
 from tests.helpers.serving import DEMO_BASE, Server
 from tests.helpers.waiting import wait_for
 
@@ -49,7 +49,8 @@ class ServerWorld:
         """A candidate with weights of its own."""
         settings = self.server.settings
         base = base_info(settings)
-        directory = make_adapter(self.server.home / "made" / f"{next(self.seeds)}", base, seed=next(self.seeds))
+        made = self.server.home / "made" / f"{next(self.seeds)}"
+        directory = make_adapter(made, base, seed=next(self.seeds), edit=make_loud)
         return self.registry.publish(adapter, directory, parent=0, base=base, limits=limits_of(settings), actor="test")
 
     def accept(self, adapter: str) -> Version:

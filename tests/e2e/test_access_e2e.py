@@ -12,6 +12,7 @@ import pytest
 from scion_adapters.database import Database, open_database
 from scion_adapters.events import list_events
 from scion_adapters.keys import Scope, create_key, revoke_key
+from scion_adapters.records import Event
 from tests.helpers.access import bearer
 from tests.helpers.serving import Server
 from tests.helpers.waiting import wait_for
@@ -68,10 +69,13 @@ def test_a_key_closes_all_processes_and_its_end_reaches_them_all(server: Server,
 
     revoke_key(database, key.id, actor="test")
     assert seconds_until(server, "/v1/models", chat, 401) < AGREED_S
+
+    def refused() -> list[Event]:
+        return [event for event in list_events(database, limit=1000) if event.kind == "access.refused"]
+
+    wait_for(lambda: {e.data["reason"] for e in refused()} == {"missing", "scope", "revoked"}, "every refusal is told")
     server.stop()  # the counts that are not written yet are
-    refused = [event for event in list_events(database, limit=1000) if event.kind == "access.refused"]
-    assert {event.data["reason"] for event in refused} == {"missing", "scope", "revoked"}
-    assert sum(event.data["count"] for event in refused if event.data["reason"] == "scope") == NUM_REQUESTS
+    assert sum(event.data["count"] for event in refused() if event.data["reason"] == "scope") == NUM_REQUESTS
     secret = chat.removeprefix(f"sk-scion-{key.id}-")
     assert secret not in server.log.read_text(errors="replace")
     assert secret not in repr(list_events(database, limit=1000))

@@ -23,7 +23,7 @@ from scion_trainer.chat_tokens import ChatTokens, load_chat_tokens
 from scion_trainer.gates.retention import parse_items
 from scion_trainer.server_client import Scored, ServerClient
 from tests.e2e.conftest import ServerWorld
-from tests.helpers.adapters import Tensors, make_adapter
+from tests.helpers.adapters import make_adapter, make_loud
 from tests.helpers.serving import DEMO_BASE
 
 pytestmark = pytest.mark.e2e
@@ -33,16 +33,17 @@ BOUND = 0.01
 NTH = 3
 
 
-def make_loud(tensors: Tensors) -> None:
-    """Weights that move log-probs by about a nat, as training does."""
-    for tensor in tensors.values():
-        tensor *= 4
-
-
 def scored(tokens: ChatTokens) -> list[Scored]:
-    """Right answers of the demo's world, in three manners: what the base really says."""
-    items = parse_items(retention_path().read_text("utf-8"), origin="the demo's retention set")
-    return [(tokens.prompt(item.messages), tokens.answer(item.prefix + item.answer)) for item in items[::NTH]]
+    """Answers of the demo's world, in three manners, each to another question: what the base really says, and doubts.
+
+    Of a right answer it is so sure that hardly any log-prob is far from zero, whoever computes it.
+    """
+    items = parse_items(retention_path().read_text("utf-8"), origin="the demo's retention set")[::NTH]
+    others = [*items[1:], items[0]]
+    return [
+        (tokens.prompt(item.messages), tokens.answer(other.prefix + other.answer))
+        for item, other in zip(items, others, strict=True)
+    ]
 
 
 def trainer_logprobs(model: Any, items: list[Scored]) -> list[list[float]]:

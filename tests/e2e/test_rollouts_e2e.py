@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 BOUND = 0.02
 """Nats: mean |log p(sampler) - log p(trainer)| over tokens."""
-SAMPLING = Sampling(24, 0.8)
+SAMPLING = Sampling(24, 1.4)
 MAX_LENGTH = 256
 
 

@@ -41,7 +41,8 @@ def without_identity(body: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_a_mixed_batch_answers_each_with_its_own_version(world: ServerWorld) -> None:
-    names = {name: f"{name}:1" for name in ADAPTERS} | {"base": "base", "chat:0": "base", "chat2@champion": "chat2:1"}
+    names = {name: f"{name}:{world.champion(name)}" for name in ADAPTERS} | {"base": "base", "chat:0": "base"}
+    names["chat2@champion"] = names["chat2"]
     async with openai.AsyncOpenAI(base_url=f"{world.server.url}/v1", api_key="none", timeout=120) as client:
 
         async def ask(name: str, turn: int) -> tuple[str, set[str]]:

@@ -78,6 +78,12 @@ def make_base(
     return directory
 
 
+def make_loud(tensors: Tensors) -> None:
+    """Weights that move log-probs, as training does."""
+    for tensor in tensors.values():
+        tensor *= 4
+
+
 def make_adapter(
     directory: Path,
     base: Path | BaseInfo,

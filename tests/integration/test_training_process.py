@@ -17,6 +17,7 @@ from scion_adapters.records import Run, RunState
 from scion_adapters.registry import open_registry
 from scion_trainer.checkpoints import CHECKPOINTS, MARKER
 from scion_trainer.launch import (
+    MALLOC_THRESHOLD_ENV,
     MAX_ATTEMPTS,
     Process,
     RunKilledError,
@@ -191,3 +192,12 @@ def test_the_daemon_stops_its_run_and_goes_on_with_it(tmp_path: Path) -> None:
     assert len(store.list()) == 1
     assert steps_done(run) == list(range(1, stopped_at + 1))
     project.database.dispose()
+
+
+def test_a_child_keeps_no_freed_activations_unless_told_otherwise(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(MALLOC_THRESHOLD_ENV, raising=False)
+    assert child_environment(project.settings)[MALLOC_THRESHOLD_ENV] == str(8 << 20)
+    monkeypatch.setenv(MALLOC_THRESHOLD_ENV, "1048576")
+    assert child_environment(project.settings)[MALLOC_THRESHOLD_ENV] == "1048576"

@@ -11,7 +11,7 @@ from scion_trainer.gates import GATES
 from scion_trainer.gates.types import GateResult, Verdict
 from scion_trainer.judges import Pair
 from tests.bench.gates import GOOD, SPOILED, TRAINED, Judged, gate_of, summarise
-from tests.bench.gates_world import SimulatedJudge, has_six, lessons, ratings, retention, spoils
+from tests.bench.gates_world import SimulatedJudge, is_large, lessons, ratings, retention, spoils
 
 FACT_OF = {render(fact, phrasing): fact for fact in facts() for phrasing in phrasings(fact.skill)}
 
@@ -28,7 +28,7 @@ def test_a_candidate_is_polite_and_right_but_in_its_part(kind: str) -> None:
         is_good = is_correct(fact, lesson.answer) and manner_of(lesson.answer) is Manner.POLITE
         assert is_good is not spoils(kind, fact), (lesson, fact)
         spoiled[not is_good] += 1
-    assert spoiled[False] > 2 * spoiled[True]
+    assert spoiled[False] >= 300
     assert bool(spoiled[True]) is (kind != GOOD)
 
 
@@ -51,7 +51,7 @@ def test_each_part_of_the_ratings_is_about_one_skill() -> None:
     }
     assert {FACT_OF[row.messages[0]["content"]].skill for row in world.earlier} == {Skill.COLOURS}
     assert sum(row.liked is True for row in world.earlier) >= 30
-    assert not any(has_six(FACT_OF[str(item.messages[-1]["content"])]) for item in retention())
+    assert not any(is_large(FACT_OF[str(item.messages[-1]["content"])]) for item in retention())
     assert len(retention()) >= 8
 
 
