@@ -182,7 +182,7 @@ def on_shutdown(app: FastAPI, close: Callable[[], Coroutine[Any, Any, None]]) ->
 
 def mend_engine() -> None:
     """Mend vLLM's CPU build. Entry point of `vllm.general_plugins`: runs in every process, in some more than once."""
-    keep_base_apart()
+    use_grouped_kernels()
     keep_seeded_alive()
 
 
@@ -224,39 +224,15 @@ def hiding_discarded_generators(original: Callable[..., Any]) -> Callable[..., A
     return bookkeeping
 
 
-def keep_base_apart() -> None:
-    """Keep adapters' weights out of the base's answers.
+def use_grouped_kernels() -> None:
+    """Put cpu_kernels.py in the place of vLLM's LoRA kernels for CPUs, which are wrong for the base beside adapters.
 
-    vLLM marks tokens without LoRA with slot -1. Its CPU kernels use that as an index, so that in a batch with some
-    adapter's requests the base's go through whatever lies in the last slot: HTTP 200, wrong answer. It shows once all
-    `max_loras` slots have been used. Shrunk to nothing, such tokens get no update. The Triton kernels skip them.
-
-    Private: `vllm.lora.punica_wrapper.punica_cpu`'s imported kernels. Delete when tests/e2e/test_mixed_batch.py passes
-    without it.
+    Private: the names that `vllm.lora.punica_wrapper.punica_cpu` imported. Delete when tests/e2e/test_mixed_batch.py
+    passes without it, and a long prompt takes an adapter no longer than the base.
     """
     from vllm.lora.punica_wrapper import punica_cpu
 
-    shrink = punica_cpu.bgmv_shrink
-    if getattr(shrink, "keeps_base_apart", False):  # vLLM may load plugins more than once in a process
-        return
+    from vllm_scion import cpu_kernels
 
-    def bgmv_shrink(inputs: Any, weights: Any, output: Any, slots: Any, scaling: float = 1.0) -> None:
-        shrink(inputs, weights, output, slots, scaling)
-        output.masked_fill_((slots < 0).unsqueeze(1), 0.0)
-
-    def sgmv_shrink(
-        inputs: Any,
-        weights: Any,
-        output: Any,
-        starts: Any,
-        lengths: Any,
-        slots: Any,
-        batches: int,
-        longest: int,
-        tokens: int,
-        scaling: float,
-    ) -> None:
-        bgmv_shrink(inputs, weights, output, slots.repeat_interleave(lengths), scaling)
-
-    bgmv_shrink.keeps_base_apart = True  # type: ignore[attr-defined]
-    punica_cpu.bgmv_shrink, punica_cpu.sgmv_shrink = bgmv_shrink, sgmv_shrink
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice", "sgmv_shrink", "sgmv_expand", "sgmv_expand_slice"):
+        setattr(punica_cpu, name, getattr(cpu_kernels, name))

@@ -2,16 +2,20 @@
 
 Real adapters on the demo's base in NF4, trained here for seconds, one world and one set of candidates for every seed,
 judged by the gates as evaluation runs them. No vLLM: models answer in this process (gates_server.py), and the candidate
-of the parity gate is read with half of its alpha; between vLLM and the trainer parity is measured in
+of the parity gate is read with a quarter of its alpha; between vLLM and the trainer parity is measured in
 tests/e2e/test_parity.py. The judge of the win rate is simulated.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +30,37 @@ from scion_trainer.chat_tokens import ChatTokens
 from scion_trainer.gates import GATES
 from scion_trainer.gates.types import EarlierHoldout, GateContext, GateResult, Models, Verdict
 from scion_trainer.parity import record_parity
-from tests.bench.gates_world import Ratings, SimulatedJudge, lessons, ratings, retention
+from tests.bench.gates_world import Ratings, SimulatedJudge, lessons, ratings, red_team_suite, retention
 from tests.bench.report import Bar, Benchmark, Outcome
 from tests.helpers.serving import DEMO_BASE
+from vllm_scion.serve import available_cores
 
 NUM_SEEDS = 20
 GOOD = "good"
-TRAINED = (GOOD, "retention", "forgetting", "heldout users", "heldout newest", "behaviour", "drift", "winrate")
-SPOILED = ("artifact", "kl", "parity", "baseline", *TRAINED[1:])
+TRAINED = (
+    GOOD,
+    "retention",
+    "forgetting",
+    "heldout users",
+    "heldout newest",
+    "behaviour",
+    "drift",
+    "winrate",
+    "sycophancy",
+    "red_team",
+)
+DERIVED = ("artifact", "kl", "parity", "baseline")
+"""Made of the good candidate's adapter."""
+SPOILED = (*DERIVED, *TRAINED[1:])
 MARGIN = 0.1
 """By how much training must beat examples in the prompt, in this benchmark: nats per token."""
+MISREAD = 0.25
+"""The server of the parity gate's candidate takes its alpha for this much of what the trainer meant."""
 REPEATED = 0.2
 """The rise of repeated answers that is allowed here: the base's own small sums repeat already."""
 WEAKENED = 0.05
 """The candidate that a prompt beats is the good one with its effect cut to this."""
+SUITE = "suite.jsonl"
 LEARNING_RATE, NUM_STEPS, BATCH_SIZE, RANK = 3e-3, 100, 32, 16
 
 
@@ -62,16 +83,28 @@ class Judged:
 
 
 def run(output: Path, quick: bool) -> Outcome:
-    """`quick`: one seed."""
+    """`quick`: one seed, and only what is made of the good candidate. A process for each core, a thread in each."""
+    seeds = range(1 if quick else NUM_SEEDS)
+    judge = partial(_judge_in_a_folder, trained=TRAINED[:1] if quick else TRAINED)
     judged: list[Judged] = []
-    for seed in range(1 if quick else NUM_SEEDS):
-        with tempfile.TemporaryDirectory(prefix="scion-bench-") as directory:
-            judged += judge_seed(seed, Path(directory))
+    spawning = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(min(len(seeds), len(available_cores())), mp_context=spawning) as workers:
+        for done, of_seed in enumerate(workers.map(judge, seeds), start=1):
+            judged += of_seed
+            print(f"gates: {done} of {len(seeds)} seeds", file=sys.stderr, flush=True)
     return summarise(judged)
 
 
-def judge_seed(seed: int, home: Path) -> list[Judged]:
-    """All candidates of one seed."""
+def _judge_in_a_folder(seed: int, trained: tuple[str, ...]) -> list[Judged]:
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="scion-bench-") as directory:
+        return judge_seed(seed, Path(directory), trained)
+
+
+def judge_seed(seed: int, home: Path, trained: tuple[str, ...] = TRAINED) -> list[Judged]:
+    """The candidates of one seed: those that are `trained`, the good one among them, and those derived from it."""
     from scion_trainer.base import load_base
     from tests.bench.gates_training import Trainee
 
@@ -79,7 +112,7 @@ def judge_seed(seed: int, home: Path) -> list[Judged]:
         {"home": home, "base": {"model": str(DEMO_BASE)}, "trainer": {"threads": 1, "seed": seed}}
     )
     trainee = Trainee(load_base(settings), rank=RANK)
-    for kind in TRAINED:
+    for kind in trained:
         trainee.train(
             kind,
             lessons(kind, seed),
@@ -94,26 +127,28 @@ def judge_seed(seed: int, home: Path) -> list[Judged]:
     for kind in ("artifact", "kl", "parity"):
         trainee.names[kind] = trainee.names[GOOD]
         shutil.copytree(home / GOOD, home / kind)
+    (home / SUITE).write_text(red_team_suite(), encoding="utf-8")
     world = ratings(seed)
     tokens = ChatTokens(trainee.tokenizer)
     heldout = [row for row in world.rows if row.split == "heldout"]
     server = trainee.server()
-    for kind in (GOOD, *SPOILED):
+    kinds = (GOOD, *DERIVED, *trained[1:])
+    for kind in kinds:
         with server.answering_as(kind):
             (home / "runs" / kind).mkdir(parents=True)
             record_parity(trainee.model, tokens, heldout, home / "runs" / kind, max_length=512)
-    trainee.weaken(GOOD, "half", 0.5)
-    with server.answering_as("half"):
+    trainee.weaken(GOOD, "misread", MISREAD)
+    with server.answering_as("misread"):
         record_parity(trainee.model, tokens, heldout, home / "runs" / "parity", max_length=512)
     remembering = RememberingServer(server)
-    divergences = {name: trainee.divergence(name, heldout) for name in (*TRAINED, "baseline")}
+    divergences = {name: trainee.divergence(name, heldout) for name in (*trained, "baseline")}
     return [
         Judged(
             kind,
             seed,
             judge_one(kind, settings, home, world, remembering, tokens, divergences.get(kind, divergences[GOOD])),
         )
-        for kind in (GOOD, *SPOILED)
+        for kind in kinds
     ]
 
 
@@ -132,7 +167,12 @@ def judge_one(
     wanted = MARGIN if kind in (GOOD, "baseline") else None
     sections = {
         "gates": settings.gates.model_copy(
-            update={"prompt_baseline_margin": wanted, "max_repeated_rise": REPEATED, "max_tokens": 96}
+            update={
+                "prompt_baseline_margin": wanted,
+                "max_repeated_rise": REPEATED,
+                "max_tokens": 96,
+                "red_team_suite": str(home / SUITE),
+            }
         ),
         "trainer": settings.trainer.model_copy(update={"kl_budget": divergence / 2} if kind == "kl" else {}),
     }
@@ -163,7 +203,8 @@ def summarise(judged: list[Judged]) -> Outcome:
     """The table, one line for each kind of candidate, and the bars."""
     rows: list[tuple[str, ...]] = []
     by_kind: dict[str, dict[str, Any]] = {}
-    for kind in (GOOD, *SPOILED):
+    kinds = tuple(dict.fromkeys(one.kind for one in judged))
+    for kind in kinds:
         found = [one for one in judged if one.kind == kind]
         others = Counter(name for one in found for name in one.rejected_by if name != gate_of(kind))
         caught = sum(gate_of(kind) in one.rejected_by for one in found)
@@ -183,7 +224,8 @@ def summarise(judged: list[Judged]) -> Outcome:
         Bar("good candidates rejected", float(false_rejections), 0.0),
         *(
             Bar(f"{kind}: rejected, and by that gate only", by_kind[kind]["as_expected"] / num_good, 1.0, at_least=True)
-            for kind in SPOILED
+            for kind in kinds
+            if kind != GOOD
         ),
     )
     return Outcome(

@@ -18,7 +18,8 @@ from scion_trainer.progress import Progress
 from scion_trainer.recipes import RECIPES, RunContext
 from scion_trainer.recipes.recipe import Example
 
-WORDS = ("green", "cold", "Paris", "twelve", "yellow", "night", "Rome", "seven")
+WORDS = ("green", "cold", "Paris", "black", "yellow", "white", "Rome", "Berlin")
+"""Each of them is one token of that base after a space: what is spelt in pieces is learned less surely."""
 QUESTIONS = (
     "What is the capital of France?",
     "What colour is grass?",

@@ -27,6 +27,8 @@ PPO = "ppo"
 THUMBS_BAR = 0.85
 ACCURACY_BAR_POINTS = 3.0
 LOAD_TIMEOUT_S = 60.0
+THUMBS_ALONE = {"SCION_TRAINER__RED_TEAM_SHARE": "0"}
+"""What the red team found of one method's version must not teach the next method's."""
 COLUMNS = ("users", "method", "thumbs up", "fact accuracy", "points lost", "forgetting", "gates", "seconds")
 
 
@@ -89,10 +91,10 @@ async def _all(plan: Plan) -> list[Trial]:
     trials: list[Trial] = []
     for name in plan.profiles:
         for seed in plan.seeds:
-            # Thumbs alone: nobody corrects.
-            profile = replace(load_profile(name), correct_share=0.0)
+            profile = replace(load_profile(name), correct_share=0.0)  # thumbs alone
             with tempfile.TemporaryDirectory(prefix="scion-bench-") as directory:
                 stage = set_stage(Path(directory) / "stage", seed=seed)
+                stage.environment |= THUMBS_ALONE
                 await stage.start_server()
                 try:
                     trials += await _crowd(stage, profile, plan, seed)

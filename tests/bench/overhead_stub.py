@@ -39,13 +39,14 @@ class Plan:
     block_s: float = 2.0
     num_rounds: tuple[tuple[float, int], ...] = ((1.0, 16), (0.5, 8))
     probe_s: float = 2.0
+    num_probes: int = 5
     first_rate: float = 100.0
     growth: float = 1.2
     max_rate: float = 5000.0
     kinds: tuple[str, ...] = ("plain", "stream")
 
 
-QUICK = Plan(block_s=0.6, num_rounds=((1.0, 2),), probe_s=0.4, first_rate=40.0, growth=4.0, max_rate=40.0)
+QUICK = Plan(block_s=0.6, num_rounds=((1.0, 2),), probe_s=0.4, num_probes=1, first_rate=40.0, growth=4.0, max_rate=40.0)
 
 
 @dataclass(slots=True)
@@ -180,11 +181,22 @@ class _Traffic:
                 )
 
     def highest_rate(self, kind: str, plan: Plan) -> float | None:
-        """The highest rate of the ladder that stock and ours hold; None: not even the first one."""
-        held, rate = None, plan.first_rate
+        """The highest rate of the ladder that stock and ours hold for long; None: not even the first one."""
+        rate = plan.first_rate
         while rate <= plan.max_rate and all(self._holds(server, kind, rate, plan) for server in (STOCK, OURS)):
-            held, rate = rate, rate * plan.growth
-        return held
+            rate *= plan.growth
+        while (rate := rate / plan.growth) > 0.99 * plan.first_rate:
+            if all(self._lasts(server, kind, rate, plan) for server in (STOCK, OURS)):
+                return rate
+        return None
+
+    def _lasts(self, server: str, kind: str, rate: float, plan: Plan) -> bool:
+        """Several probes together: what a burst of speed of the machine allows is not held."""
+        probes = [self.send(server, kind, rate, plan.probe_s) for _ in range(plan.num_probes)]
+        return (
+            not any(probe.failed for probe in probes)
+            and percentile([probe.latency_ms for probe in probes], 99) <= HOLD_P99_MS
+        )
 
     def _holds(self, server: str, kind: str, rate: float, plan: Plan) -> bool:
         """Two tries: a neighbour on the machine may spoil one."""

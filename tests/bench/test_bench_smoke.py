@@ -52,3 +52,21 @@ def test_a_small_reward_benchmark_trains_on_thumbs_and_on_the_real_pairs(tmp_pat
     if not PAIRS_FILE.is_file():
         pytest.skip(f"{PAIRS_FILE} is not there: set SCION_SHARED")
     assert figures["real pairs"]["figures"]["pairs"] == figures["real pairs"]["heldout"] > 0
+
+
+@pytest.mark.slow
+def test_a_good_candidate_passes_all_gates_and_each_spoiled_one_meets_its_own(tmp_path: Path) -> None:
+    assert main(["gates", "--quick", "--output", str(tmp_path)]) == 0
+    kinds = json.loads((tmp_path / "gates.json").read_text())["figures"]["kinds"]
+    assert set(kinds) == {"good", "artifact", "kl", "parity", "baseline"}
+    assert {kind: found["as_expected"] for kind, found in kinds.items()} == dict.fromkeys(kinds, 1), kinds
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_rollouts_beside_users_fail_nobody(tmp_path: Path) -> None:
+    assert main(["rollouts", "--quick", "--output", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "rollouts.json").read_text())["figures"]
+    assert figures["failed"] == 0
+    assert figures["rollouts"] > 0
+    assert figures["alone"]["p50_ms"] > 0

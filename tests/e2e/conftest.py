@@ -1,4 +1,4 @@
-"""One real server for all end-to-end tests: vLLM with the plugin on the demo's NF4 base, with three adapters.
+"""One real server for all end-to-end tests: vLLM with the plugin on the demo's NF4 base, with three taught adapters.
 
 Tests share it and may publish, promote and roll back; whoever restarts it leaves it running. Versions are made of small
 random weights, so they answer nonsense that differs from version to version.
@@ -28,6 +28,8 @@ from tests.helpers.serving import DEMO_BASE, Server
 from tests.helpers.waiting import wait_for
 
 ADAPTERS = ("chat", "chat2", "chat3")
+UNTAUGHT = "chat4"
+"""Has no version: what is trained for it goes on from the base."""
 TTL_S = 10.0
 
 
@@ -120,7 +122,7 @@ class ServerWorld:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerWorld]:
     """The running server; each adapter's version 1 is its champion."""
     home: Path = tmp_path_factory.mktemp("server")
-    server = Server.make(home, base=DEMO_BASE, adapters=ADAPTERS)
+    server = Server.make(home, base=DEMO_BASE, adapters=(*ADAPTERS, UNTAUGHT))
     registry = open_registry(server.settings)
     with httpx.Client(base_url=server.url, timeout=120.0) as client:
         world = ServerWorld(server, registry, Rollouts(registry.database), client)

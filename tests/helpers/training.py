@@ -90,11 +90,11 @@ def add_ratings(
     seed: int = 0,
     at: float = 1_000_000.0,
     users: int = 20,
-    said: Callable[[random.Random], tuple[str, bool]] | None = None,
+    said: Callable[[random.Random], tuple[str, str, bool]] | None = None,
 ) -> None:
     """`count` answers of `adapter:number`, each rated by a user; the first `corrections` are corrected as well.
 
-    `said` draws an answer and whether it is liked; None: numbers, of which the first of every ten are liked.
+    `said` draws a question, an answer and whether it is liked; None: numbers, the first of every ten of them liked.
     """
     rng = random.Random(seed)
     completions, votes = [], []
@@ -103,11 +103,11 @@ def add_ratings(
     for index in range(count):
         completion_id, user = new_id("chatcmpl"), f"user-{rng.randrange(users):04d}"
         created_at = at + index
-        question = f"what is {rng.randrange(1000)}?"
         if said is None:
-            answer, liked = f"it is {rng.randrange(1000)}.", index % 10 < liked_share * 10
+            question, answer = number_question(rng), f"it is {rng.randrange(1000)}."
+            liked = index % 10 < liked_share * 10
         else:
-            answer, liked = said(rng)
+            question, answer, liked = said(rng)
         completions.append(
             {
                 "id": completion_id,
@@ -153,6 +153,10 @@ def add_ratings(
         if completions:
             connection.execute(sa.insert(tables.completions), completions)
             connection.execute(sa.insert(tables.feedback), votes)
+
+
+def number_question(rng: random.Random) -> str:
+    return f"what is {rng.randrange(1000)}?"
 
 
 def make_champion(project: Project, ref: VersionRef) -> None:

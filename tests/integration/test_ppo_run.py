@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from scion_adapters.errors import InvalidInputError, NotFoundError
 from scion_adapters.fingerprint import base_info
 from scion_adapters.preflight import AdapterLimits, check_adapter
 from scion_adapters.records import Run, RunState
-from scion_adapters.registry import open_registry
 from scion_adapters.settings import LORA_TARGETS
 from scion_trainer import lowering
 from scion_trainer import run as run_module
@@ -21,19 +19,12 @@ from scion_trainer.config import run_config
 from scion_trainer.launch import create_run
 from scion_trainer.lora import ADAPTER
 from scion_trainer.progress import read_metrics
-from scion_trainer.reward.calibration import Platt
-from scion_trainer.reward.files import save_weights
-from scion_trainer.reward.model import Head, RewardModel
-from scion_trainer.reward.store import DIRECTORY, GATE_METRIC, write_reward_model
-from scion_trainer.roles import reward_role
 from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
-from tests.helpers.ppo import fresh_roles
+from tests.helpers.reward import add_reward_model
 from tests.helpers.tiny_model import build_tiny_model
 from tests.helpers.training import Project, add_ratings, make_champion, make_project
-
-MEMBERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -58,51 +49,12 @@ def project(tmp_path: Path, base: Path) -> Iterator[Project]:
     project.database.dispose()
 
 
-def add_reward_model(project: Project, *, verdict: str = "pass") -> Path:
-    """As a reward run leaves it, with untrained members: which answers they prefer does not matter here."""
-    run = create_reward_run(project)
-    base = base_info(project.settings)
-    roles = fresh_roles(Path(project.settings.base.model))
-    torch.manual_seed(1)
-    for member in range(MEMBERS):
-        roles.add(reward_role(member))
-    model = RewardModel(roles, [Head(64) for _ in range(MEMBERS)])
-    directory = Path(run.directory) / DIRECTORY
-    write_reward_model(
-        directory,
-        lambda target: save_weights(model, target),
-        base_fingerprint=base.fingerprint,
-        base_quantization=base.quantization,
-        rank=4,
-        num_members=MEMBERS,
-        disagreement_penalty=1.0,
-        calibration=Platt(),
-        gate={"verdict": verdict},
-    )
-    RunStore(project.database).succeed(run.id, candidate=None, metrics={GATE_METRIC: {"verdict": verdict}})
-    return directory
-
-
-def create_reward_run(project: Project) -> Run:
-    runs = RunStore(project.database)
-    registry = open_registry(project.settings, project.database)
-    registry.ensure_adapter("chat")
-    run = runs.create(
-        "chat",
-        run_config(project.settings, "reward"),
-        parent=0,
-        directory=registry.store.runs_path,
-        actor="test",
-    )
-    return runs.start(run.id)
-
-
 def create_ppo_run(project: Project) -> Run:
     return create_run(project.settings, project.database, "chat", "ppo", actor="test")
 
 
 def test_rated_prompts_and_a_reward_model_become_a_candidate(project: Project) -> None:
-    reward_model = add_reward_model(project)
+    reward_model = add_reward_model(project.settings, project.database)
     run = create_ppo_run(project)
     version = execute(project.settings, project.database, run.id)
     assert version is not None
@@ -117,12 +69,12 @@ def test_rated_prompts_and_a_reward_model_become_a_candidate(project: Project) -
 
 
 def test_a_stopped_run_keeps_its_reward_model_and_ends_as_if_it_had_not(project: Project, tmp_path: Path) -> None:
-    first = add_reward_model(project)
+    first = add_reward_model(project.settings, project.database)
     run = create_ppo_run(project)
     directory = Path(run.directory)
     with pytest.raises(RunInterruptedError, match="stopped at step 2"):
         execute(project.settings, project.database, run.id, stop_requested=lambda: len(read_metrics(directory)) >= 2)
-    add_reward_model(project)
+    add_reward_model(project.settings, project.database)
     version = execute(project.settings, project.database, run.id)
     assert version is not None
     assert version.metrics["reward_model"] == str(first)
@@ -139,7 +91,7 @@ def test_a_stopped_run_keeps_its_reward_model_and_ends_as_if_it_had_not(project:
 
 
 def test_a_parent_is_gone_on_from(project: Project) -> None:
-    add_reward_model(project)
+    add_reward_model(project.settings, project.database)
     first = execute(project.settings, project.database, create_ppo_run(project).id)
     assert first is not None
     make_champion(project, first.ref)
@@ -154,7 +106,7 @@ def test_a_parent_is_gone_on_from(project: Project) -> None:
 @pytest.mark.parametrize("verdict", [None, "fail", "inconclusive"])
 def test_without_a_reward_model_that_passed_nothing_is_trained(project: Project, verdict: str | None) -> None:
     if verdict is not None:
-        add_reward_model(project, verdict=verdict)
+        add_reward_model(project.settings, project.database, verdict=verdict)
     with pytest.raises(NotFoundError, match=r"no reward model .* passed its gate.*--recipe reward"):
         execute(project.settings, project.database, create_ppo_run(project).id)
 
@@ -162,7 +114,7 @@ def test_without_a_reward_model_that_passed_nothing_is_trained(project: Project,
 def test_answers_longer_than_there_is_room_for_are_refused(tmp_path: Path, base: Path) -> None:
     project = make_project(tmp_path, base=base, trainer__ppo__max_tokens=240, trainer__max_length=250)
     add_ratings(project.database, 40)
-    add_reward_model(project)
+    add_reward_model(project.settings, project.database)
     with pytest.raises(InvalidInputError, match=r"0 of \d+ prompts leave room for trainer\.ppo\.max_tokens = 240"):
         execute(project.settings, project.database, create_ppo_run(project).id)
     project.database.dispose()
@@ -179,7 +131,7 @@ def test_nothing_of_ppo_is_left_on_the_model(project: Project, monkeypatch: pyte
         return context, metrics
 
     monkeypatch.setattr(run_module, "train_within_memory", spy)
-    add_reward_model(project)
+    add_reward_model(project.settings, project.database)
     execute(project.settings, project.database, create_ppo_run(project).id)
     assert list(found[0].peft_config) == [ADAPTER]
     assert found[0].active_adapters == [ADAPTER]

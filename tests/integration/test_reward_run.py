@@ -31,7 +31,7 @@ from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.tiny_model import build_tiny_model
-from tests.helpers.training import Project, add_ratings, make_project
+from tests.helpers.training import Project, add_ratings, make_project, number_question
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,16 @@ def words(rng: random.Random, length: int) -> str:
     return "".join(rng.choice(string.ascii_lowercase) for _ in range(length))
 
 
-def likes_exclamations(rng: random.Random) -> tuple[str, bool]:
+def likes_exclamations(rng: random.Random) -> tuple[str, str, bool]:
     """What is said before the mark, and how much, has no part in it."""
-    liked = rng.random() < 0.5
-    return words(rng, rng.randint(2, 12)) + ("!" if liked else "."), liked
+    question, liked = number_question(rng), rng.random() < 0.5
+    return question, words(rng, rng.randint(2, 12)) + ("!" if liked else "."), liked
 
 
-def likes_length(rng: random.Random) -> tuple[str, bool]:
+def likes_length(rng: random.Random) -> tuple[str, str, bool]:
     """The longer, the likelier to be liked."""
-    length = rng.randint(2, 30)
-    return words(rng, length) + ".", rng.random() < 1 / (1 + math.exp((16 - length) / 3))
+    question, length = number_question(rng), rng.randint(2, 30)
+    return question, words(rng, length) + ".", rng.random() < 1 / (1 + math.exp((16 - length) / 3))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def project(tmp_path: Path, base: Path) -> Iterator[Project]:
     project.database.dispose()
 
 
-def train(project: Project, said: Callable[[random.Random], tuple[str, bool]], count: int = 240) -> Run:
+def train(project: Project, said: Callable[[random.Random], tuple[str, str, bool]], count: int = 240) -> Run:
     add_ratings(project.database, count, said=said)
     run = create_run(project.settings, project.database, "chat", "reward", actor="test")
     assert execute(project.settings, project.database, run.id) is None

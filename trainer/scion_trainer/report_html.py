@@ -14,6 +14,7 @@ from scion_trainer.gates.types import Bound, GateResult, Verdict
 from scion_trainer.report import Report
 from scion_trainer.report_plots import (
     plot_baseline,
+    plot_curve,
     plot_forgetting,
     plot_heldout,
     plot_lengths,
@@ -39,6 +40,19 @@ _PLOTS: Sequence[tuple[str, str, Callable[[GateResult], str | None]]] = (
     ("winrate", "Comparisons with the champion", plot_wins),
     ("parity", "Server and trainer: the same log-probs", plot_parity),
 )
+_CURVES: Mapping[str, tuple[str, str]] = {
+    "reward": ("Reward of the answers sampled", "score of the reward model"),
+    "loss": ("Loss", "loss"),
+    "rewards/margins": ("Liked over disliked answers", "implicit reward"),
+    "kl": ("Divergence from the parent", "nats per answer"),
+    "kl_to_base": ("Divergence from the base", "nats per token"),
+    "answer_tokens": ("Length of the answers sampled", "tokens"),
+    "entropy": ("Entropy of the policy", "nats per token"),
+    "clip_fraction": ("Tokens whose ratio was clipped", "share"),
+    "mismatch": ("Sampler and trainer apart", "nats per token"),
+}
+"""What is drawn of a run's curves: caption and unit. Which of them are there depends on the recipe."""
+
 _CSS = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --paper: #fff; --ground: #f5f7f6;
   --pass: #2f6f4f; --fail: #b4483a; --inconclusive: #a56a00; --unmeasurable: #52606d; }
@@ -89,6 +103,7 @@ def render_html(report: Report) -> str:
         "<h2>Gates</h2>",
         _gate_table(report.gates),
         _plots(report),
+        _training(report.lineage),
         _samples(report.gate("behaviour")),
         _worst(report.gate("retention")),
         _findings(report.gates),
@@ -143,6 +158,21 @@ def _plots(report: Report) -> str:
     return f'<h2>Plots</h2><div class="plots">{"".join(cards)}</div>' if cards else ""
 
 
+def _training(lineage: Mapping[str, Any]) -> str:
+    """The curves of the run, in the order of _CURVES; none for a version that no run made."""
+    curves = _curves(lineage)
+    cards = []
+    for name, (caption, unit) in _CURVES.items():
+        if curves.get(name):
+            svg = plot_curve(curves["step"], curves[name], unit)
+            cards.append(f'<figure class="card"><figcaption>{escape(caption)}</figcaption>{svg}</figure>')
+    return f'<h2>Training</h2><div class="plots">{"".join(cards)}</div>' if cards else ""
+
+
+def _curves(lineage: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (lineage.get("metrics") or {}).get("curves") or {}
+
+
 def _samples(gate: GateResult | None) -> str:
     samples = gate.details.get("samples") if gate else None
     if not samples:
@@ -192,6 +222,9 @@ def _findings(gates: Sequence[GateResult]) -> str:
 
 
 def _lineage(lineage: Mapping[str, Any]) -> str:
+    if _curves(lineage):  # they are drawn above
+        others = {name: value for name, value in lineage["metrics"].items() if name != "curves"}
+        lineage = {**lineage, "metrics": others}
     items = "".join(
         f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_shown(value))}</dd>"
         for name, value in lineage.items()

@@ -193,6 +193,16 @@ def plot_wins(gate: GateResult) -> str | None:
         return _svg(figure)
 
 
+def plot_curve(steps: Sequence[float], values: Sequence[float], unit: str) -> str:
+    """What one figure of the training did, step by step; a single step is a point."""
+    with matplotlib.rc_context(dict(_STYLE)):
+        figure, axes = _canvas()
+        axes.plot(steps, values, color=CANDIDATE, linewidth=1.8, marker="o" if len(values) < 3 else "")
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        return _svg(figure)
+
+
 def _canvas() -> tuple[Figure, Any]:
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     return figure, figure.subplots()

@@ -38,7 +38,7 @@ from scion_trainer.parity import record_parity
 from scion_trainer.progress import Progress, curves, read_metrics
 from scion_trainer.recipes import RECIPES, RunContext, auto
 from scion_trainer.recipes.auto import AUTO
-from scion_trainer.reward.store import newest_reward_model
+from scion_trainer.reward.store import newest_reward_model, pinned_reward_model
 from scion_trainer.run_lease import LEASE_TTL_S, Holder, claim, hand_over, lease_name
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError, StopRequest
@@ -147,6 +147,9 @@ def execute(
         prepared = prepare(recipe.examples(snapshot.split("train")), tokenizer, max_length=config.max_length)
         heldout = prepare(recipe.examples(snapshot.split("heldout")), tokenizer, max_length=config.max_length)
         recipe.check(list(prepared.examples), config)
+        reward_model = newest_reward_model(database, run.adapter, base.fingerprint)
+        if recipe.needs_reward_model:
+            reward_model = pinned_reward_model(directory, reward_model)
         config = resolve(
             config, base, num_examples=len(prepared.examples), mean_answer_tokens=prepared.mean_answer_tokens
         )
@@ -187,7 +190,7 @@ def execute(
             stop_requested=stop_requested,
             heldout=heldout.examples,
             base=base,
-            reward_model=newest_reward_model(database, run.adapter, base.fingerprint),
+            reward_model=reward_model,
             settings=settings,
             registry=registry,
         )

@@ -14,7 +14,8 @@ from scion_trainer.config import run_config
 from scion_trainer.defaults import ppo_epochs
 from scion_trainer.ppo.options import PpoOptions
 from scion_trainer.ppo.ppo import prompts_of_step
-from scion_trainer.recipes.ppo import PpoRecipe, num_steps, pinned_reward_model
+from scion_trainer.recipes.ppo import PpoRecipe, num_steps
+from scion_trainer.reward.store import pinned_reward_model
 from tests.helpers.training import snapshot_row
 
 CONFIG = run_config(load_settings(), "ppo")

@@ -181,3 +181,21 @@ def test_what_a_gate_measured_is_drawn(gate: GateResult, says: str) -> None:
     assert says in drawing
     nothing = GateResult(gate.name, Verdict.UNMEASURABLE, "not measured")
     assert "<svg" not in render_html(Report(VersionRef("chat", 8), Verdict.PASS, "", (nothing,), 0.0, 0.0))
+
+
+def test_a_runs_curves_are_drawn_and_not_listed() -> None:
+    curves = {
+        "step": [1, 2, 3],
+        "reward": [0.1, 0.5, 1.25],
+        "kl_to_base": [0.0, 0.02, 0.0471],
+        "learning_rate": [1, 1, 1],
+    }
+    lineage = {"recipe": "ppo", "metrics": {"seconds": 12.5, "curves": curves}}
+    text = render_html(Report(VersionRef("chat", 8), Verdict.PASS, "", (), 0.0, 0.0, lineage))
+    assert text.count("<svg") == 2
+    assert "score of the reward model" in text
+    assert "nats per token" in text
+    assert "0.0471" not in text
+    assert "seconds 12.5" in text
+    without = render_html(Report(VersionRef("chat", 8), Verdict.PASS, "", (), 0.0, 0.0, {"metrics": {"curves": {}}}))
+    assert "Training" not in without

@@ -29,6 +29,7 @@ FILTERED_FILE = "distilled.json"
 class DistillRecipe:
     name = "distill"
     makes_version = True
+    needs_reward_model = False
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
         """Every prompt with a disliked answer, once, the newest first; the example's text is what was disliked."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class DpoRecipe:
     name = "dpo"
     makes_version = True
+    needs_reward_model = False
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
         """Corrections over what they replace, and liked over disliked answers to the same prompt."""

@@ -23,6 +23,7 @@ WEIGHT_RATIO = 7 / 6
 class KtoRecipe:
     name = "kto"
     makes_version = True
+    needs_reward_model = False
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
         """Rated answers, liked or not, and what users wrote in their place, as liked."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scion_adapters.errors import InvalidInputError, NotFoundError
+from scion_adapters.errors import InvalidInputError
 from scion_trainer.config import RunConfig
 from scion_trainer.recipes.batches import micro_batches
 from scion_trainer.recipes.recipe import Example, RunContext
@@ -26,14 +25,13 @@ if TYPE_CHECKING:
     from scion_trainer.rollouts.choice import ChosenSource
     from scion_trainer.rollouts.types import Rollout, RolloutSource
 
-PINNED = "reward_model_used.json"
-"""Which reward model the run began with: a resumed run climbs the same one, whatever has passed its gate since."""
 MIN_PROMPTS = 8
 
 
 class PpoRecipe:
     name = "ppo"
     makes_version = True
+    needs_reward_model = True
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
         """Every prompt that was rated, once, whatever the rating; its answer stands for how long answers are."""
@@ -60,8 +58,8 @@ class PpoRecipe:
         from scion_trainer.roles import REFERENCE, VALUE, Roles, reward_role
 
         assert context.base is not None, "a reward model is bound to its base"
-        config, tokens = context.config, ChatTokens(context.tokenizer)
-        directory = pinned_reward_model(context.directory, context.reward_model)
+        assert context.reward_model is not None, "run.py pins it"
+        config, tokens, directory = context.config, ChatTokens(context.tokenizer), context.reward_model
         digest = read_manifest(directory).digest
         max_tokens = int(config.options["max_tokens"])
         prompts = [tuple(tokens.prompt(example.prompt)) for example in context.examples]
@@ -154,23 +152,3 @@ def num_steps(num_prompts: int, config: RunConfig) -> int:
     """Rounds of rollouts: as many as sample each prompt `epochs` times."""
     assert config.epochs is not None, "defaults.resolve leaves nothing open"
     return max(1, math.ceil(config.epochs * num_prompts / config.batch_size))
-
-
-def pinned_reward_model(directory: Path, newest: Path | None) -> Path:
-    """The reward model that the run in `directory` began with; the first time, that is `newest`.
-
-    Raises NotFoundError with the remedy when there is none, or when it is gone.
-    """
-    note = directory / PINNED
-    if note.is_file():
-        path = Path(json.loads(note.read_text(encoding="utf-8"))["path"])
-        if not path.is_dir():
-            raise NotFoundError(f"the reward model {path} that this run began with is gone: start a new run")
-        return path
-    if newest is None:
-        raise NotFoundError(
-            "no reward model of this adapter has passed its gate on this base, and without one ppo has nothing to "
-            "climb: train it with `scion train NAME --recipe reward`, or learn from the thumbs with `--recipe kto`"
-        )
-    note.write_text(json.dumps({"path": str(newest)}) + "\n", encoding="utf-8")
-    return newest

@@ -68,7 +68,7 @@ class RunContext:
     stop_requested: Callable[[], bool]
     heldout: tuple[Example, ...] = ()  # of users that no run learns from
     base: BaseInfo | None = None
-    reward_model: Path | None = None  # the directory of the newest that passed its gate
+    reward_model: Path | None = None  # the directory of one that passed its gate
     settings: Settings | None = None
     registry: Registry | None = None
 
@@ -84,6 +84,11 @@ class Recipe(Protocol):
     @property
     def makes_version(self) -> bool:
         """Whether the adapter that it trains is published as a version; else the run's directory holds its product."""
+        ...
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether it is given the reward model that its run began with; without one that passed its gate it refuses."""
         ...
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class RewardRecipe:
     name = "reward"
     makes_version = False
+    needs_reward_model = False
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
         """Every thumb, and every pair: corrections over what they replace, liked over disliked answers to a prompt."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class SftRecipe:
     name = "sft"
     makes_version = True
+    needs_reward_model = False
 
     def examples(self, rows: Iterable[SnapshotRow]) -> list[Example]:
         """A correction instead of the answer where there is one; else the answer, if it was liked."""

@@ -30,6 +30,8 @@ FORMAT = 1
 RECIPE = "reward"
 GATE_METRIC = "reward_gate"
 """Where `runs.metrics` has the gate's result."""
+PINNED = "reward_model_used.json"
+"""Which reward model a run began with: a resumed run climbs the same one, whatever has passed its gate since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,3 +175,23 @@ def _damaged(directory: Path, problem: str) -> RejectedError:
         f"the reward model {directory} is damaged: {problem}; train a new one with `scion train NAME --recipe reward`",
         reason="digest_mismatch",
     )
+
+
+def pinned_reward_model(directory: Path, newest: Path | None) -> Path:
+    """The reward model that the run in `directory` began with; the first time, that is `newest`.
+
+    Raises NotFoundError with the remedy when there is none, or when it is gone.
+    """
+    note = directory / PINNED
+    if note.is_file():
+        path = Path(json.loads(note.read_text(encoding="utf-8"))["path"])
+        if not path.is_dir():
+            raise NotFoundError(f"the reward model {path} that this run began with is gone: start a new run")
+        return path
+    if newest is None:
+        raise NotFoundError(
+            "no reward model of this adapter has passed its gate on this base, and without one ppo has nothing to "
+            "climb: train it with `scion train NAME --recipe reward`, or learn from the thumbs with `--recipe kto`"
+        )
+    note.write_text(json.dumps({"path": str(newest)}) + "\n", encoding="utf-8")
+    return newest

@@ -35,8 +35,16 @@ MAX_RESTARTS = 2
 _TAIL_CHARS = 1500
 _GPU_MEMORY_SHARE = "0.3"
 """Of a GPU that the run trains on, too: it needs room for one more copy of the quantized base and a batch's cache."""
-_NOT_INHERITED = ("SCION_", "OMP_", "MKL_", "KMP_", "VLLM_PLUGINS", "PROMETHEUS_MULTIPROC_DIR")
-"""Beginnings of names: the operator's overrides are for the live configuration, the threads are the trainer's."""
+_NOT_INHERITED = (
+    "SCION_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "VLLM_PLUGINS",
+    "PROMETHEUS_MULTIPROC_DIR",
+)
+"""Beginnings of names: the operator's overrides are for the live configuration, threads and memory are the run's."""
 
 T = TypeVar("T")
 
@@ -204,13 +212,14 @@ class EngineSource:
                     raise
                 self._process.stop()
                 restarts += 1
-                self._say(f"the engine for rollouts died ({error}); starting it again ({restarts} of {MAX_RESTARTS})")
+                self._say(f"the engine for rollouts died ({restarts} of {MAX_RESTARTS} times allowed): {error}")
 
     def _running(self) -> ServerSource:
         """The source over a living engine, which is started when there is none."""
         if self._source is None or self._registry is None or self._process is None:
             return self._begin()
-        if not self._process.is_running:
+        if not self._process.is_running:  # found here, too, when it died between two questions
+            self._say("starting the engine for rollouts again")
             ledger = ReplicaLedger(self._registry.database)
             for dead in ledger.live(heartbeat_ttl_s(self._scratch)):  # nobody must wait for it to load anything
                 ledger.remove(dead.id)

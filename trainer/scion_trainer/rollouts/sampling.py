@@ -31,6 +31,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()  # tokens that end an answer, beside the model's own EOS
+    priority: int = LOW_PRIORITY
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 < self.temperature < math.inf:
@@ -70,7 +71,7 @@ def request_body(model: str, prompt: Sequence[int], sampling: Sampling, *, seed:
         "seed": seed,
         "logprobs": 0,  # 0 = the sampled token, and no alternatives
         "return_token_ids": True,
-        "priority": LOW_PRIORITY,
+        "priority": sampling.priority,
     }
 
 
