@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from scion_adapters.errors import InvalidInputError
 from scion_trainer.base import LoadedBase
 from scion_trainer.config import RunConfig
+from scion_trainer.lean_lora import use_lean_forward
 
 ADAPTER = "default"
 """The name under which PEFT holds the trained role. TRL expects this one."""
@@ -38,6 +39,7 @@ def start_adapter(base: LoadedBase, config: RunConfig, parent: Path | None) -> t
 
     A parent keeps its rank, alpha and target modules, whatever the settings say: they cannot change without losing it.
     """
+    use_lean_forward()
     if parent is None:
         torch.manual_seed(config.seed)
         fresh = LoraConfig(

@@ -100,7 +100,10 @@ class OutputLayer:
     def log_probs(self, batch: Batch) -> Tensor:
         """(B, R) of the answers' tokens under the active role, with gradients where they are enabled."""
         hidden_ND = response_hidden(self._roles, batch)
-        parts = [self._recomputed(_chosen, *chunk) for chunk in self._chunks(hidden_ND, batch)]
+        chunks = self._chunks(hidden_ND, batch)
+        if len(chunks) == 1:  # what one chunk keeps for the backward is bounded
+            return spread(_chosen(self._logits(hidden_ND), chunks[0][1]), batch.mask_BR)
+        parts = [self._recomputed(_chosen, *chunk) for chunk in chunks]
         return spread(torch.cat(parts), batch.mask_BR)
 
     @torch.no_grad()
@@ -129,10 +132,12 @@ class OutputLayer:
         """(N, V) in fp32."""
         with torch.autocast(hidden_ND.device.type, dtype=torch.bfloat16):
             logits_NV: Tensor = self._layer(hidden_ND)
-        logits_NV = logits_NV.float() * self._scale
+        logits_NV = logits_NV.float()
+        if self._scale != 1.0:  # each of these is a pass over all logits
+            logits_NV = logits_NV * self._scale
         if self._cap is not None:
             logits_NV = torch.tanh(logits_NV / self._cap) * self._cap
-        return logits_NV / self._temperature
+        return logits_NV if self._temperature == 1.0 else logits_NV / self._temperature
 
     def _chunks(self, hidden_ND: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         tokens_N = batch.answers_BR[batch.mask_BR]
