@@ -29,8 +29,9 @@ RAID_TURNS = 240
 CONCURRENCY = 16
 TURNS_PER_S_WHILE_TRAINING = 3.0
 """Users keep talking while a version is trained; not so fast that they take its cores, or drown its ratings."""
-GOOD_ENOUGH = 0.9
-"""No further round when this share of votes is thumbs up, and no more than `FORGETS_LITTLE` of accuracy is lost."""
+GOOD_ENOUGH = (0.9, 0.85)
+"""No further round when this share of votes is thumbs up after the first one, or after a later one, and no more than
+`FORGETS_LITTLE` of accuracy is lost: a third round takes minutes, and gives little to those who are content."""
 FORGETS_LITTLE = 0.02
 VOTES_PER_WINDOW = 60
 
@@ -103,7 +104,8 @@ async def play(
 def _is_good_enough(rounds: list[Round]) -> bool:
     """Liked by nearly all who vote honestly, and nothing forgotten for it."""
     first, last = rounds[0], rounds[-1]
-    return last.thumbs_up_share >= GOOD_ENOUGH and last.accuracy >= first.accuracy - FORGETS_LITTLE
+    wanted = GOOD_ENOUGH[0 if len(rounds) == 2 else 1]
+    return last.thumbs_up_share >= wanted and last.accuracy >= first.accuracy - FORGETS_LITTLE
 
 
 async def _round(
