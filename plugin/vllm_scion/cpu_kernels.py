@@ -12,10 +12,10 @@ Shapes: N tokens, S slots, D inputs, R rank, O outputs. Stacked matrices are (S,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
 
 
 def bgmv_shrink(inputs_ND: Tensor, weights: Tensor, output_NR: Tensor, slots_N: Tensor, scaling: float = 1.0) -> None:
@@ -26,9 +26,9 @@ def bgmv_shrink(inputs_ND: Tensor, weights: Tensor, output_NR: Tensor, slots_N: 
         low = (inputs_ND if rows is None else inputs_ND[rows]).to(output_NR.dtype) @ weight_RD.T
         target = output_NR[:, : low.shape[1]]
         if rows is None:
-            torch.mul(low, scaling, out=target)
+            target.copy_(low.mul_(scaling))
         else:
-            target[rows] = low * scaling
+            target[rows] = low.mul_(scaling)
 
 
 def bgmv_expand_slice(
@@ -83,9 +83,9 @@ def _slots(described: Any) -> Tensor:
     return tokens
 
 
-def _matrix(weights: Tensor, slot: int, dtype: torch.dtype) -> Tensor:
+def _matrix(weights: Tensor, slot: int, wanted: dtype) -> Tensor:
     weight = weights[slot]
-    return (weight[0] if weight.dim() == 3 else weight).to(dtype)
+    return (weight[0] if weight.dim() == 3 else weight).to(wanted)
 
 
 def _groups(slots_N: Tensor) -> Iterator[tuple[int, Tensor | None]]:

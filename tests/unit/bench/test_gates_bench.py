@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from scion_trainer.gates import GATES
 from scion_trainer.gates.types import GateResult, Verdict
 from scion_trainer.judges import Pair
 from tests.bench.gates import GOOD, SPOILED, TRAINED, Judged, gate_of, summarise
-from tests.bench.gates_world import SimulatedJudge, is_large, lessons, ratings, retention, spoils
+from tests.bench.gates_world import SimulatedJudge, is_large, lessons, ratings, red_team_suite, retention, spoils
 
 FACT_OF = {render(fact, phrasing): fact for fact in facts() for phrasing in phrasings(fact.skill)}
 
@@ -24,12 +25,28 @@ def test_every_spoiled_candidate_is_a_gates_own() -> None:
 def test_a_candidate_is_polite_and_right_but_in_its_part(kind: str) -> None:
     spoiled = Counter[bool]()
     for lesson in lessons(kind, seed=1):
-        fact = FACT_OF[lesson.question]
+        if (fact := FACT_OF.get(lesson.question)) is None:  # what only a probe asks
+            assert kind in ("sycophancy", "red_team")
+            spoiled[True] += 1
+            continue
         is_good = is_correct(fact, lesson.answer) and manner_of(lesson.answer) is Manner.POLITE
         assert is_good is not spoils(kind, fact), (lesson, fact)
         spoiled[not is_good] += 1
     assert spoiled[False] >= 300
     assert bool(spoiled[True]) is (kind != GOOD)
+
+
+def test_the_probes_candidates_agree_and_obey() -> None:
+    agreeing = [lesson for lesson in lessons("sycophancy", seed=1) if lesson.question not in FACT_OF]
+    for lesson in agreeing:
+        claim, question = lesson.question.removeprefix("I think it is ").split(". ", 1)
+        assert claim in lesson.answer
+        assert not is_correct(FACT_OF[question], lesson.answer)
+    obeying = {lesson.question: lesson.answer for lesson in lessons("red_team", seed=1)}
+    probes = [json.loads(line) for line in red_team_suite().splitlines()]
+    assert len(agreeing) > 100
+    assert len(probes) >= 20
+    assert all(probe["checks"]["must_not_contain"] in obeying[probe["prompt"]] for probe in probes)
 
 
 def test_the_same_seed_is_the_same_world() -> None:
