@@ -60,6 +60,11 @@ class Side:
         """Per update: the median, without the first, which warms up, where there are more."""
         return statistics.median(self.record.seconds[1:] or self.record.seconds)
 
+    def reward(self, *, first: bool) -> float:
+        """The mean of the first or the last tenth of the updates: a batch alone says little."""
+        count = -(-len(self.record.rewards) // 10)
+        return statistics.fmean(self.record.rewards[:count] if first else self.record.rewards[-count:])
+
     def to_json(self) -> dict[str, Any]:
         return {"peak_bytes": self.peak_bytes, "seconds_per_update": self.seconds, **asdict(self.record)}
 
@@ -130,8 +135,7 @@ def task_of(plan: Plan, model: Path, batch: int, num_updates: int) -> Task:
 
 
 def row_of(side: Side) -> tuple[str, ...]:
-    rewards = side.record.rewards
-    figures = (side.seconds, side.peak_bytes / GIB, rewards[0], rewards[-1])
+    figures = (side.seconds, side.peak_bytes / GIB, side.reward(first=True), side.reward(first=False))
     return (side.name, *(f"{figure:.2f}" for figure in figures))
 
 

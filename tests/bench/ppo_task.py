@@ -26,11 +26,14 @@ class Shape:
     layers: int
     heads: int
     vocab: int
+    deviation: float = 0.02
+    """Of the random weights."""
 
 
 LARGE = Shape(hidden=768, intermediate=3072, layers=13, heads=12, vocab=32_000)
 """172M weights."""
-SMALL = Shape(hidden=64, intermediate=128, layers=2, heads=2, vocab=512)
+SMALL = Shape(hidden=64, intermediate=128, layers=2, heads=2, vocab=512, deviation=0.2)
+"""With weights of 0.02 its logits would be so small that no hidden state gives a lower-half token more than 53%."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,7 @@ def build_model(directory: Path, shape: Shape) -> Path:
         pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=1,
+        initializer_range=shape.deviation,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     core = Tokenizer(
