@@ -14,12 +14,12 @@ from scion_adapters.records import VersionState
 from scion_adapters.settings import load_settings
 from scion_demo.world import Manner, answers, facts, phrasings, render
 from scion_trainer.evaluation import evaluate
+from scion_trainer.execution import execute
 from scion_trainer.gates.types import Verdict
 from scion_trainer.launch import create_run
 from scion_trainer.reward import files
 from scion_trainer.reward.model import RewardModel
 from scion_trainer.roles import Roles
-from scion_trainer.run import execute
 from tests.e2e.conftest import UNTAUGHT, ServerWorld
 from tests.helpers.reward import add_reward_model
 from tests.helpers.training import add_ratings

@@ -232,7 +232,7 @@ def _publish(place: Place) -> None:
 
 
 def _finish_run(place: Place) -> None:
-    """The end of scion_trainer.run.execute, as the same run does it again after a crash."""
+    """The end of scion_trainer.execution.execute, as the same run does it again after a crash."""
     version = _publish_of_run(place)
     assert version.run_id is not None
     RunStore(place.database).succeed(version.run_id, candidate=version.number, metrics=version.metrics)

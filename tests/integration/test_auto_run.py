@@ -9,9 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 from scion_adapters.tables import events
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.progress import read_metrics
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.tiny_model import build_tiny_model

@@ -12,10 +12,10 @@ import pytest
 
 from scion_adapters.errors import InvalidInputError, UnavailableError
 from scion_adapters.records import RunState
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.progress import read_metrics
 from scion_trainer.recipes.distill import FILTERED_FILE
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.teacher import FakeTeacher, serve_teacher
@@ -91,7 +91,7 @@ def test_a_reward_model_that_passed_keeps_only_what_is_better(
     reward_run = create_run(project.settings, project.database, "chat", "reward", actor="test")
     execute(project.settings, project.database, reward_run.id)
     directory = Path(reward_run.directory) / "reward_model"
-    monkeypatch.setattr("scion_trainer.run.newest_reward_model", lambda *_: directory)
+    monkeypatch.setattr("scion_trainer.execution.newest_reward_model", lambda *_: directory)
     scored: list[list[float]] = []
 
     from scion_trainer.reward.model import RewardModel

@@ -10,9 +10,9 @@ import pytest
 
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.registry import open_registry
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.progress import read_metrics
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.tiny_model import build_tiny_model

@@ -12,8 +12,8 @@ from scion_adapters.records import RunState
 from scion_adapters.registry import open_registry
 from scion_adapters.settings import load_settings
 from scion_trainer import run as run_module
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from tests.helpers.tiny_model import build_tiny_model
 from tests.helpers.training import add_ratings, make_project

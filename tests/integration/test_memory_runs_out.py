@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from trl import SFTTrainer
 
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.progress import read_metrics
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from tests.helpers.tiny_model import build_tiny_model
 from tests.helpers.training import add_ratings, make_project

@@ -13,13 +13,12 @@ from scion_adapters.fingerprint import base_info
 from scion_adapters.preflight import AdapterLimits, check_adapter
 from scion_adapters.records import Run, RunState
 from scion_adapters.settings import LORA_TARGETS
-from scion_trainer import lowering
-from scion_trainer import run as run_module
+from scion_trainer import execution, lowering
 from scion_trainer.config import run_config
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.lora import ADAPTER
 from scion_trainer.progress import read_metrics
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.reward import add_reward_model
@@ -130,7 +129,7 @@ def test_nothing_of_ppo_is_left_on_the_model(project: Project, monkeypatch: pyte
         found.append(context.model)
         return context, metrics
 
-    monkeypatch.setattr(run_module, "train_within_memory", spy)
+    monkeypatch.setattr(execution, "train_within_memory", spy)
     add_reward_model(project.settings, project.database)
     execute(project.settings, project.database, create_ppo_run(project).id)
     assert list(found[0].peft_config) == [ADAPTER]

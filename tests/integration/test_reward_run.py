@@ -21,13 +21,13 @@ from scion_adapters.settings import load_settings
 from scion_trainer.base import load_base
 from scion_trainer.chat_tokens import ChatTokens
 from scion_trainer.config import RunConfig
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.lora import start_adapter
 from scion_trainer.progress import read_metrics
 from scion_trainer.reward.files import load_reward_model
 from scion_trainer.reward.store import GATE_METRIC, newest_reward_model, read_manifest
 from scion_trainer.roles import Roles
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.tiny_model import build_tiny_model

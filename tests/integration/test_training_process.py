@@ -16,6 +16,7 @@ from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundErro
 from scion_adapters.records import Run, RunState
 from scion_adapters.registry import open_registry
 from scion_trainer.checkpoints import CHECKPOINTS, MARKER
+from scion_trainer.execution import execute
 from scion_trainer.launch import (
     MALLOC_THRESHOLD_ENV,
     MAX_ATTEMPTS,
@@ -27,7 +28,6 @@ from scion_trainer.launch import (
     resumable_run,
 )
 from scion_trainer.progress import read_metrics
-from scion_trainer.run import execute
 from scion_trainer.run_lease import Holder, working_on
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError

@@ -19,10 +19,10 @@ from scion_adapters.settings import LORA_TARGETS, load_settings
 from scion_feedback.snapshots import find_snapshot, load_snapshot
 from scion_trainer import run as run_module
 from scion_trainer.checkpoints import CHECKPOINTS, CorruptCheckpointError
+from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.memory import OutOfMemoryError
 from scion_trainer.progress import read_metrics
-from scion_trainer.run import execute
 from scion_trainer.runs import RunStore
 from scion_trainer.stopping import RunInterruptedError
 from tests.helpers.tiny_model import build_tiny_model

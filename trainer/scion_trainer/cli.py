@@ -1,4 +1,4 @@
-"""The trainer's commands: `train`, `trainer`, `evaluate`, `runs list|show`; `red-team run` is in red_team/cli.py.
+"""The trainer's commands: `train`, `trainer`, `evaluate`; the others are in runs_cli.py and red_team/cli.py.
 
 Owns what is printed and the exit codes. Nothing heavy is imported before a command runs.
 """
@@ -6,7 +6,6 @@ Owns what is printed and the exit codes. Nothing heavy is imported before a comm
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,9 @@ import typer
 
 from scion_adapters.cli.output import JsonOption, actor, console, error_console, print_json, print_table
 from scion_adapters.errors import InvalidInputError
+from scion_trainer.limits import bind_process
 from scion_trainer.red_team.cli import red_team_run
+from scion_trainer.runs_cli import run_json, runs_list, runs_show
 
 if TYPE_CHECKING:
     from scion_adapters.database import Database
@@ -79,6 +80,7 @@ def train(
     from scion_trainer.launch import create_run, launch_run, resumable_run
 
     settings = load_settings()
+    bind_process(settings.trainer.cores, settings.trainer.threads)
     database = open_database(settings)
     if estimate:
         _estimate(settings, database, name, recipe, json=json)
@@ -185,6 +187,7 @@ def trainer(
         raise InvalidInputError(
             "nothing would ever start a run: set trainer.schedule or trainer.min_new_ratings", field="trainer.schedule"
         )
+    bind_process(settings.trainer.cores, settings.trainer.threads)
     run_daemon(settings, open_database(settings))
 
 
@@ -199,6 +202,7 @@ def evaluate(
     from scion_trainer.followup import evaluate_version
 
     settings = load_settings()
+    bind_process(settings.trainer.cores, settings.trainer.threads)
     database = open_database(settings)
     registry = open_registry(settings, database)
     version = registry.resolve(ref)
@@ -212,105 +216,6 @@ def evaluate(
         console.print(f"report: {registry.store.report_path(version)}", highlight=False, soft_wrap=True)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
-
-
-def runs_list(
-    name: Annotated[str | None, typer.Argument(help="Only this adapter's.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
-    json: JsonOption = False,
-) -> None:
-    """List training runs."""
-    from scion_adapters.database import open_database
-    from scion_adapters.settings import load_settings
-    from scion_trainer.run_lease import working_on
-    from scion_trainer.runs import RunStore
-
-    database = open_database(load_settings())
-    found = RunStore(database).list(name, limit=limit)
-    if json:
-        print_json([run_json(run) for run in found])
-        return
-    working = {adapter: working_on(database, adapter) for adapter in {run.adapter for run in found}}
-    print_table(
-        ("run", "adapter", "recipe", "state", "from", "made", "rows", "seconds", "begun"),
-        [
-            (
-                run.id,
-                run.adapter,
-                run.recipe,
-                shown_state(run, is_worked_on=(holder := working[run.adapter]) is not None and holder.run_id == run.id),
-                f"{run.adapter}:{run.parent}",
-                None if run.candidate is None else f"{run.adapter}:{run.candidate}",
-                run.metrics.get("rows"),
-                run.metrics.get("seconds"),
-                _time(run.created_at),
-            )
-            for run in found
-        ],
-    )
-
-
-def runs_show(run_id: Annotated[str, typer.Argument(help="The run's id.")], json: JsonOption = False) -> None:
-    """Show one run: its configuration, metrics and error."""
-    from scion_adapters.database import open_database
-    from scion_adapters.settings import load_settings
-    from scion_trainer.run_lease import working_on
-    from scion_trainer.runs import RunStore
-
-    database = open_database(load_settings())
-    run = RunStore(database).get(run_id)
-    if json:
-        print_json(run_json(run))
-        return
-    holder = working_on(database, run.adapter)
-    state = shown_state(run, is_worked_on=holder is not None and holder.run_id == run.id)
-    made = None if run.candidate is None else f"{run.adapter}:{run.candidate}"
-    facts: list[tuple[str, object]] = [
-        ("state", state),
-        ("from", f"{run.adapter}:{run.parent}"),
-        ("made", made),
-        ("snapshot", run.snapshot_id),
-        ("directory", run.directory),
-        ("attempts", run.attempt),
-        ("by", run.actor),
-        ("begun", _time(run.created_at)),
-        ("ended", None if run.finished_at is None else _time(run.finished_at)),
-        ("error", run.error),
-    ]
-    facts += [(f"config.{key}", value) for key, value in run.config.items()]
-    facts += [(f"metrics.{key}", value) for key, value in run.metrics.items() if key != "curves"]
-    print_table(("field", "value"), facts, title=run.id)
-
-
-def shown_state(run: Run, *, is_worked_on: bool) -> str:
-    """The state in a word that a person understands: an unfinished run without a process is interrupted."""
-    from scion_adapters.records import RunState
-
-    if run.state in (RunState.QUEUED, RunState.RUNNING) and not is_worked_on and run.attempt > 0:
-        return "interrupted"
-    return str(run.state)
-
-
-def run_json(run: Run) -> dict[str, Any]:
-    """A run as `--json` shows it."""
-    return {
-        "id": run.id,
-        "adapter": run.adapter,
-        "recipe": run.recipe,
-        "state": str(run.state),
-        "parent": run.parent,
-        "candidate": run.candidate,
-        "snapshot_id": run.snapshot_id,
-        "directory": run.directory,
-        "attempt": run.attempt,
-        "error": run.error,
-        "actor": run.actor,
-        "created_at": run.created_at,
-        "updated_at": run.updated_at,
-        "finished_at": run.finished_at,
-        "config": dict(run.config),
-        "metrics": dict(run.metrics),
-    }
 
 
 def _print_outcome(run: Run, followed: Followed) -> None:
@@ -385,7 +290,3 @@ def _print_report(report: Any) -> None:
         title=str(report.ref),
     )
     console.print(f"{report.ref}: {report.verdict}. {report.reason}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

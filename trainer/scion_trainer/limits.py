@@ -39,6 +39,9 @@ def bind_process(cores: str | None, threads: int | None) -> None:
 
     OpenMP's threads wait asleep: awake, as by default, they take the cores from each other and from the server. On two
     cores with one other busy process, training took 45 s instead of 7 s.
+
+    To be called before torch is imported, also where little is computed: MKL counts cores by moving the process to each
+    one that it may use, and on one where vLLM's worker spins Linux 6.18 let it wait for minutes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if cores is not None and hasattr(os, "sched_setaffinity"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -88,18 +89,58 @@ def test_gradients_do_not_depend_on_the_chunks(roles: Roles) -> None:
 
 def test_no_logits_of_the_rollout_are_kept_for_the_backward(roles: Roles) -> None:
     """What the forward keeps is counted: nothing as wide as the vocabulary for more than a chunk's tokens."""
-    kept: list[tuple[int, ...]] = []
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept.add(one := Kept(tensor))
+        return one
 
     output = OutputLayer(roles, temperature=1.0)
     output._chunk = 2
-    with roles.use(POLICY, train=True), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output.log_probs(collate(ROLLOUTS, CPU)).sum()
-    assert kept
-    assert not [shape for shape in kept if shape[-1:] == (320,)]
+    with roles.use(POLICY, train=True), torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+        found = output.log_probs(collate(ROLLOUTS, CPU))
+    shapes = [tuple(one.tensor.shape) for one in kept]
+    assert found.requires_grad
+    assert shapes
+    assert not [shape for shape in shapes if shape[-1:] == (320,)]
+
+
+class Kept:
+    """A tensor that a backward will need. It goes when its graph goes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_gradients_are_those_of_the_models_own_logits(roles: Roles) -> None:
+    """Each token with a weight of its own, against autograd through all logits at once."""
+    batch = collate(ROLLOUTS, CPU)
+    weights_BR = torch.linspace(-1.0, 2.0, batch.mask_BR.numel()).view(batch.mask_BR.shape)
+    found = []
+    for own in (False, True):
+        roles.model.zero_grad()
+        with roles.use(POLICY, train=True) as model:
+            if own:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    log_probs = model(input_ids=batch.tokens_BT).logits.float().div(0.7).log_softmax(dim=-1)
+                rows, columns = batch.mask_BR.nonzero(as_tuple=True)
+                places = batch.prompt_lengths_B[rows] - 1 + columns
+                (log_probs[rows, places, batch.answers_BR[rows, columns]] * weights_BR[rows, columns]).sum().backward()
+            else:
+                (OutputLayer(roles, temperature=0.7).log_probs(batch) * weights_BR).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in roles.parameters(POLICY) if p.grad is not None]))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.02  # both round to bf16 on the way
+
+
+def test_a_trainable_output_layer_is_refused(roles: Roles) -> None:
+    output = OutputLayer(roles, temperature=1.0)
+    weight = output._layer.weight
+    weight.requires_grad_(True)
+    try:
+        with pytest.raises(ScionError, match="trainable"):
+            output.check([3, 20, 4])
+    finally:
+        weight.requires_grad_(False)
 
 
 def test_hidden_states_of_answers_are_contiguous(roles: Roles) -> None:

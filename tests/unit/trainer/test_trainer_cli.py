@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from scion_adapters.records import RolloutState, Run, RunState, VersionState
 from scion_adapters.settings import CONFIG_ENV
-from scion_trainer import cli, followup, launch
+from scion_trainer import cli, followup, launch, runs_cli
 from scion_trainer.gates import GATES
 from scion_trainer.recipes import RECIPES
 from scion_trainer.runs import RunStore
@@ -64,6 +64,16 @@ def test_resume_takes_the_run_as_it_is(project: Project) -> None:
 def test_the_daemon_needs_something_to_wait_for(project: Project) -> None:
     with pytest.raises(InvalidInputError, match=r"trainer\.schedule or trainer\.min_new_ratings"):
         invoke("trainer")
+
+
+@pytest.mark.parametrize("command", ["train chat", "evaluate chat:1", "trainer", "red-team run chat:1"])
+def test_every_process_that_loads_torch_is_bound_to_the_trainers_cores(
+    project: Project, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("SCION_TRAINER__CORES", "4000-4001")
+    monkeypatch.setenv("SCION_TRAINER__SCHEDULE", "0 3 * * *")
+    with pytest.raises(InvalidInputError, match=r"4000-4001.*this machine allows"):
+        invoke(*command.split())
 
 
 def fake_launch(project: Project, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
@@ -224,7 +234,7 @@ def test_the_shown_state_tells_a_dead_run_from_a_working_one(
     state: RunState, attempt: int, is_worked_on: bool, shown: str
 ) -> None:
     run = Run("run-1", "chat", "kto", state, 0, {}, {}, "d", attempt, "a", 0.0, 0.0)
-    assert cli.shown_state(run, is_worked_on=is_worked_on) == shown
+    assert runs_cli.shown_state(run, is_worked_on=is_worked_on) == shown
 
 
 def test_a_second_run_is_refused(project: Project) -> None:

@@ -1,20 +1,21 @@
 """Answers as tensors, and what each role says of their tokens: log-probs, entropy, values.
 
-Only response positions are taken to the vocabulary, a chunk at a time, so that no logits of a rollout are ever kept.
+Only response positions are taken to the vocabulary, a chunk at a time, and what the backward will need of a chunk is
+taken at once, so that no logits are ever kept nor computed again.
 Shapes: B answers, T tokens (prompt and answer, padded on the right), R positions of answers, N tokens of answers,
 D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from scion_adapters.errors import ScionError
 from scion_trainer.roles import Roles
@@ -100,10 +101,7 @@ class OutputLayer:
     def log_probs(self, batch: Batch) -> Tensor:
         """(B, R) of the answers' tokens under the active role, with gradients where they are enabled."""
         hidden_ND = response_hidden(self._roles, batch)
-        chunks = self._chunks(hidden_ND, batch)
-        if len(chunks) == 1:  # what one chunk keeps for the backward is bounded
-            return spread(_chosen(self._logits(hidden_ND), chunks[0][1]), batch.mask_BR)
-        parts = [self._recomputed(_chosen, *chunk) for chunk in chunks]
+        parts = [self._chosen(hidden, tokens) for hidden, tokens in self._chunks(hidden_ND, batch)]
         return spread(torch.cat(parts), batch.mask_BR)
 
     @torch.no_grad()
@@ -117,6 +115,8 @@ class OutputLayer:
     @torch.no_grad()
     def check(self, tokens_T: Sequence[int]) -> None:
         """Raises ScionError when the model's own logits are others: it then treats them in a way unknown here."""
+        if any(parameter.requires_grad for parameter in self._layer.parameters()):
+            raise ScionError("the output layer's weights are trainable; PPO trains LoRA on the layers below it only")
         tokens_BT = torch.tensor([list(tokens_T)], device=self._roles.device)
         with torch.autocast(tokens_BT.device.type, dtype=torch.bfloat16):
             own = self._roles.model(input_ids=tokens_BT, use_cache=False).logits[0].float() / self._temperature
@@ -143,22 +143,38 @@ class OutputLayer:
         tokens_N = batch.answers_BR[batch.mask_BR]
         return list(zip(hidden_ND.split(self._chunk), tokens_N.split(self._chunk), strict=True))
 
-    def _recomputed(self, function: Callable[[Tensor, Tensor], Tensor], hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
-        """`function` of a chunk's logits, which the backward computes again instead of keeping them."""
+    def _chosen(self, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """(N,) log softmax at the tokens, and the way back to the hidden states where gradients are enabled."""
+        if not (torch.is_grad_enabled() and hidden_ND.requires_grad):
+            return _chosen(self._logits(hidden_ND), tokens_N)
+        apart_ND = hidden_ND.detach().requires_grad_()
+        chosen_N = _chosen(self._logits(apart_ND), tokens_N)
+        (slopes_ND,) = torch.autograd.grad(chosen_N.sum(), apart_ND)
+        joined: Any = _Joined.apply(hidden_ND, chosen_N.detach(), slopes_ND)
+        assert isinstance(joined, Tensor)
+        return joined
 
-        def run(hidden: Tensor, tokens: Tensor) -> Tensor:
-            return function(self._logits(hidden), tokens)
 
-        if not torch.is_grad_enabled():
-            return run(hidden_ND, tokens_N)
-        result: Any = checkpoint(run, hidden_ND, tokens_N, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(result, Tensor)
-        return result
+class _Joined(torch.autograd.Function):
+    """Log-probs (N,) as a function of hidden states (N, D) with known slopes.
+
+    A token's log-prob depends on its own hidden state alone, so the slopes (N, D) are the whole Jacobian.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _hidden_ND: Tensor, chosen_N: Tensor, slopes_ND: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes_ND)
+        return chosen_N.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None]:
+        (slopes_ND,) = ctx.saved_tensors
+        return (gradient_N[:, None] * slopes_ND).to(slopes_ND.dtype), None, None
 
 
 def _chosen(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    """(N,) log softmax at the tokens, without the (N, V) array of all of them."""
-    return logits_NV.gather(1, tokens_N[:, None]).squeeze(1) - logits_NV.logsumexp(dim=1)
+    """(N,) log softmax at the tokens."""
+    return -functional.cross_entropy(logits_NV, tokens_N, reduction="none")
 
 
 def _chosen_and_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import typer
 
 from scion_adapters.cli.output import JsonOption, console, error_console, print_json, print_table
 from scion_adapters.errors import RejectedError
+from scion_trainer.limits import bind_process
 
 if TYPE_CHECKING:
     from scion_trainer.red_team.inspection import Inspection
@@ -36,6 +37,7 @@ def red_team_run(
     from scion_trainer.red_team.suite import load_suite
 
     settings = load_settings()
+    bind_process(settings.trainer.cores, settings.trainer.threads)
     chosen = load_suite(settings, suite)
     database = open_database(settings)
     registry = open_registry(settings, database)
