@@ -328,7 +328,9 @@ class TrainerSection(Section):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a run; unset = all. Server and trainer share the cores."
     )
-    cores: str | None = Field(None, description='CPU cores of a run, e.g. "2-3" (Linux); unset = any.')
+    cores: str | None = Field(
+        None, description='CPU cores of a run and of the trainer\'s commands, e.g. "2-3" (Linux); unset = any.'
+    )
     seed: int = Field(0, ge=0, description="Seed of runs.")
     report_to: str = Field("none", description="Where transformers reports metrics: none, tensorboard, wandb…")
     lora: LoraSection = Field(default_factory=LoraSection)

@@ -18,6 +18,7 @@ from scion_adapters.errors import UnavailableError
 from scion_adapters.fingerprint import BaseInfo
 from scion_trainer.config import RunConfig
 from scion_trainer.defaults import hidden_size
+from scion_trainer.ppo.options import LOGITS_CHUNK_BYTES
 
 GIB = 1 << 30
 RUNTIME_BYTES = 900 << 20
@@ -32,6 +33,7 @@ _FROZEN_BYTES = 4
 _KEPT_PER_WEIGHT_ROW = 2  # a linear layer keeps its bf16 input; attention and norms are covered by ACTIVATION_SLACK
 _ACTIVATION_SLACK = 2.5
 _LOGIT_BYTES = 2 + 4 + 4  # bf16 logits, their fp32 copy and its gradient
+_PPO_CHUNK_BYTES = LOGITS_CHUNK_BYTES // 4 * (_LOGIT_BYTES + 4)  # and their log softmax
 
 
 DEFAULT_REWARD_MEMBERS = 3
@@ -54,6 +56,7 @@ class Demand:
     trained: int = 1  # adapters with gradients and moments
     frozen: int = 0  # adapters as weights only
     logits: bool = True  # log-probs over the vocabulary; a reward model has one number instead
+    logits_at_most: int | None = None  # bytes, where positions are taken to the vocabulary a chunk at a time
     sampled: int = 0  # answers sampled at once for each example in memory, each with its key-value cache
     extra_tokens: int = 0  # longer than the longest example: an answer of the policy's own
 
@@ -70,7 +73,13 @@ def demand(config: RunConfig, *, has_parent: bool) -> Demand:
         case "reward":
             return Demand(sequences=2, frozen=members, logits=False)  # the policy and all members but one
         case "ppo":
-            return Demand(trained=2, frozen=members + has_parent, sampled=SAMPLED_PER_TRAINED, extra_tokens=answer)
+            return Demand(
+                trained=2,
+                frozen=members + has_parent,
+                logits_at_most=_PPO_CHUNK_BYTES,
+                sampled=SAMPLED_PER_TRAINED,
+                extra_tokens=answer,
+            )
         case "distill":
             return Demand(frozen=members, extra_tokens=answer)  # the reward model that filters
         case _:
@@ -118,7 +127,8 @@ def estimate(
     checkpointing = kept > CHECKPOINTING_ABOVE_BYTES
     if checkpointing:  # one hidden state per layer, and one layer at a time in full
         kept = kept // max(1, base.num_layers) + tokens * hidden * 2 * base.num_layers
-    training = kept + (tokens * base.vocab_size * _LOGIT_BYTES if needs.logits else 0)
+    logits = tokens * base.vocab_size * _LOGIT_BYTES if needs.logits else 0
+    training = kept + (logits if needs.logits_at_most is None else min(logits, needs.logits_at_most))
     sampling = min(config.batch_size, needs.sampled * micro_batch_size) * (
         length * cache_bytes(base) + base.vocab_size * _LOGIT_BYTES
     )

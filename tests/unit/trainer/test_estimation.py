@@ -53,6 +53,15 @@ def test_recipes_differ_by_what_they_hold() -> None:
     ).predicted.adapter_bytes - ppo.adapter_bytes == pytest.approx(adapter * 4, rel=0.01)  # and the reference
 
 
+def test_ppo_holds_the_logits_of_one_chunk_only() -> None:
+    """All at once they would take 128,256 * 10 bytes a token, more than all else."""
+    few, many = (
+        look(request("ppo", batch_size=64, micro_batch_size=size), 0).predicted.activation_bytes for size in (1, 2)
+    )
+    thumbs = [look(request("sft", batch_size=size), 0).predicted.activation_bytes for size in (1, 2)]
+    assert many - few < (thumbs[1] - thumbs[0]) / 2
+
+
 def test_the_cache_of_sampled_answers_is_what_a_llama_keeps() -> None:
     assert cache_bytes(llama()) == 2 * 32 * 2 * 1024  # keys and values of 8 heads of 128 in 32 layers, bf16
     fused = BaseInfo("sha256:0", {"h.0.attn.c_attn": (3 * 768, 768)}, 50_257, 12)

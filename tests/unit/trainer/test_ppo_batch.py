@@ -48,7 +48,7 @@ def own_log_probs(roles: Roles, rollout: Rollout, temperature: float) -> list[fl
 def test_log_probs_are_the_models_own(
     roles: Roles, monkeypatch: pytest.MonkeyPatch, temperature: float, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(batch_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(batch_module, "LOGITS_CHUNK_BYTES", chunk_bytes)
     output = OutputLayer(roles, temperature=temperature)
     output._chunk = 2 if chunk_bytes == 1 else output._chunk
     batch = collate(ROLLOUTS, CPU)

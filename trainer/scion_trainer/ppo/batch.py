@@ -18,11 +18,9 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from scion_adapters.errors import ScionError
+from scion_trainer.ppo.options import LOGITS_CHUNK_BYTES
 from scion_trainer.roles import Roles
 from scion_trainer.rollouts.types import Rollout
-
-CHUNK_BYTES = 64 << 20
-"""What one chunk's fp32 logits may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ class OutputLayer:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
         self._temperature = temperature
-        self._chunk = max(16, CHUNK_BYTES // (4 * int(config.vocab_size)))
+        self._chunk = max(16, LOGITS_CHUNK_BYTES // (4 * int(config.vocab_size)))
 
     def log_probs(self, batch: Batch) -> Tensor:
         """(B, R) of the answers' tokens under the active role, with gradients where they are enabled."""

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+LOGITS_CHUNK_BYTES = 64 << 20
+"""What the fp32 logits of the positions that are taken to the vocabulary at once may take."""
+
 
 @dataclass(frozen=True, slots=True)
 class PpoOptions:
