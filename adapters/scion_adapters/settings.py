@@ -179,10 +179,10 @@ class DpoSection(Section):
     """DPO: pairs of which one answer is preferred to the other (Rafailov et al., 2023)."""
 
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate; unset = 0.19 / hidden size of the base: 5e-5 for an 8B."
+        None, gt=0, description="Peak learning rate; unset = 0.38 / hidden size of the base: 9e-5 for an 8B."
     )
     epochs: float | None = Field(
-        None, gt=0, description="Passes over the pairs; unset = 2400 / pairs, at least 1 and at most 4."
+        None, gt=0, description="Passes over the pairs; unset = 2400 / pairs, at least 1 and at most 8."
     )
     beta: float | None = Field(
         None, gt=0, description="Pull towards the parent; unset = 20 / mean answer tokens, at most 1."
@@ -246,6 +246,9 @@ class PpoSection(Section):
         "auto",
         description="Who samples: the live server at low priority (server.ppo_rollouts), a vLLM of the run's own, or "
         "the trainer itself; auto takes the first of them that is there and worth its start.",
+    )
+    server_concurrency: int = Field(
+        4, ge=1, description="Answers sampled at once from the live server: each makes users' answers a little slower."
     )
     missing_eos_penalty: float = Field(
         1.0, ge=0, description="Standard deviations of the reward taken off an answer that was cut off at max_tokens."

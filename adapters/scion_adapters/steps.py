@@ -29,6 +29,8 @@ from scion_adapters.replicas import SILENT_S, live_in
 from scion_adapters.versions import is_version, to_version
 
 LEASE_TTL_S = 60.0
+ROLLOUT_PRIORITY = 100
+"""Users' requests have priority 0; vLLM serves the lower number first, and ours leave rollouts out beside users."""
 
 
 class StepLine:

@@ -181,9 +181,28 @@ def on_shutdown(app: FastAPI, close: Callable[[], Coroutine[Any, Any, None]]) ->
 
 
 def mend_engine() -> None:
-    """Mend vLLM's CPU build. Entry point of `vllm.general_plugins`: runs in every process, in some more than once."""
+    """Mend vLLM's CPU build, and let users go before rollouts on any build.
+
+    Entry point of `vllm.general_plugins`: runs in every process, in some more than once.
+    """
     use_grouped_kernels()
     keep_seeded_alive()
+    let_users_go_first()
+
+
+def let_users_go_first() -> None:
+    """Leave rollouts out of the steps that users need (users_first.py), where requests are scheduled by priority.
+
+    Private: `Scheduler.schedule`, which the asynchronous scheduler inherits, with its `running` and `waiting`. That a
+    running request may be left out of a step is vLLM's own: a step's token budget may end before it. Delete when vLLM's
+    priorities hold within a batch.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_scion.users_first import users_first
+
+    if not getattr(Scheduler.schedule, "puts_users_first", False):
+        Scheduler.schedule = users_first(Scheduler.schedule)
 
 
 def keep_seeded_alive() -> None:

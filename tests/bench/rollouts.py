@@ -1,8 +1,8 @@
 """Does PPO on the live server hurt its users? Their requests alone, beside rollouts, and beside unmarked rollouts.
 
 Blocks in turn on one server, an open loop of users' requests in each: alone; while a run samples without a pause, at
-low priority as it does; and while it samples as if its requests were users' own. Ratios of neighbouring blocks are
-compared, as engines on a CPU are noisy.
+low priority and few at once as it does; and while it samples all at once, as if its requests were users' own. Ratios of
+neighbouring blocks are compared, as engines on a CPU are noisy.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from scion_adapters.fingerprint import base_info
-from scion_adapters.registry import open_registry
-from scion_trainer.rollouts.sampling import LOW_PRIORITY, Sampling
+from scion_adapters.registry import Registry, limits_of, open_registry
+from scion_adapters.rollouts import Rollouts
+from scion_adapters.settings import Settings
+from scion_adapters.steps import ROLLOUT_PRIORITY
+from scion_trainer.rollouts.sampling import Sampling
 from scion_trainer.rollouts.server import ServerSource
 from tests.bench import conversations
 from tests.bench.figures import Interval, median_ratio, percentile
@@ -29,7 +32,7 @@ from tests.bench.report import Bar, Benchmark, Outcome
 from tests.helpers.adapters import make_adapter
 from tests.helpers.serving import Server
 
-ALONE, BESIDE, EQUAL = CONDITIONS = ("alone", "beside rollouts", "beside unmarked rollouts")
+ALONE, BESIDE, EQUAL = CONDITIONS = ("alone", "beside rollouts", "beside unbridled rollouts")
 USERS_PRIORITY = 0
 MAX_TOKENS = 16
 ANSWERS = 64
@@ -51,14 +54,25 @@ QUICK = Plan(num_rounds=1, block_s=2.0)
 
 
 @dataclass(slots=True)
+class Sampled:
+    """What rollouts gave beside the users, in one condition."""
+
+    seconds: float = 0.0
+    num_answers: int = 0
+    num_tokens: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / max(self.seconds, 1e-9)
+
+
+@dataclass(slots=True)
 class Users:
     """Latencies of users' requests in ms by condition, block by block; block i of all conditions are neighbours."""
 
     blocks: dict[str, list[list[float]]] = field(default_factory=lambda: {name: [] for name in CONDITIONS})
     num_failed: int = 0
-    num_answers: int = 0
-    sampled_s: float = 0.0
-    num_tokens: int = 0
+    sampled: dict[str, Sampled] = field(default_factory=dict)
 
     def ratio(self, condition: str, q: float) -> Interval:
         """A block's q-th percentile over its neighbour's without rollouts, median of the rounds."""
@@ -86,11 +100,22 @@ def measure(home: Path, plan: Plan) -> Users:
         warmup_s=0.0,
         timeout_s=60.0,
     )
+    _champion(settings, registry, home / "champion")
     policy = make_adapter(home / "policy", base, rank=16, alpha=32, seed=1)
     with server, Generator(()) as generator:
         sources = {
-            name: ServerSource(settings, registry, base, Sampling(ANSWER_TOKENS, priority=priority), actor="bench")
-            for name, priority in ((BESIDE, LOW_PRIORITY), (EQUAL, USERS_PRIORITY))
+            name: ServerSource(
+                settings,
+                registry,
+                base,
+                Sampling(ANSWER_TOKENS, priority=priority),
+                actor="bench",
+                concurrency=concurrency,
+            )
+            for name, priority, concurrency in (
+                (BESIDE, ROLLOUT_PRIORITY, settings.trainer.ppo.server_concurrency),
+                (EQUAL, USERS_PRIORITY, ANSWERS),
+            )
         }
         for source in sources.values():
             source.update(policy, 0)
@@ -102,7 +127,7 @@ def measure(home: Path, plan: Plan) -> Users:
                 if condition == ALONE:
                     measured = generator.measure(load)
                 else:
-                    with _sampling(sources[condition], users):
+                    with _sampling(sources[condition], users.sampled.setdefault(condition, Sampled())):
                         measured = generator.measure(load)
                 users.blocks[condition].append(measured.latency_ms)
                 users.num_failed += measured.failed
@@ -114,19 +139,31 @@ def measure(home: Path, plan: Plan) -> Users:
     return users
 
 
+def _champion(settings: Settings, registry: Registry, directory: Path) -> None:
+    """The version that users talk to: the base alone would be cheaper than any adapter."""
+    base = base_info(settings)
+    adapter = make_adapter(directory, base, rank=16, alpha=32, seed=2)
+    registry.ensure_adapter("chat")
+    version = registry.publish(
+        "chat", adapter, parent=0, base=base, limits=limits_of(settings), actor="bench", reason="users' own"
+    )
+    registry.accept(version.ref, actor="bench", reason="users' own")
+    Rollouts(registry.database).start(version.ref, steps=[1.0], every_s=0.0, guard=False, actor="bench")
+
+
 @contextmanager
-def _sampling(source: ServerSource, users: Users) -> Iterator[None]:
+def _sampling(source: ServerSource, found: Sampled) -> Iterator[None]:
     """A source that samples batch after batch while this is open; the last one is waited for."""
     stop = threading.Event()
 
     def work() -> None:
         while not stop.is_set():
             began = time.monotonic()
-            prompts = [[5 + i, 6, 7, 8 + users.num_answers % 900] for i in range(ANSWERS)]
-            rollouts = source.sample(prompts, seed=users.num_answers)
-            users.sampled_s += time.monotonic() - began
-            users.num_answers += len(rollouts)
-            users.num_tokens += sum(len(rollout.response_ids) for rollout in rollouts)
+            prompts = [[5 + i, 6, 7, 8 + found.num_answers % 900] for i in range(ANSWERS)]
+            rollouts = source.sample(prompts, seed=found.num_answers)
+            found.seconds += time.monotonic() - began
+            found.num_answers += len(rollouts)
+            found.num_tokens += sum(len(rollout.response_ids) for rollout in rollouts)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -141,8 +178,7 @@ def summarise(users: Users) -> Outcome:
     """The table of conditions; the bars are those of rollouts at low priority."""
     figures: dict[str, Any] = {
         "failed": users.num_failed,
-        "rollouts": users.num_answers,
-        "tokens_per_s": users.num_tokens / max(users.sampled_s, 1e-9),
+        "sampled": {name: asdict(sampled) for name, sampled in users.sampled.items()},
     }
     rows = []
     for name in CONDITIONS:
@@ -159,7 +195,10 @@ def summarise(users: Users) -> Outcome:
         ),
         ("users' requests", "p50 ms", "p99 ms", "p50 over alone", "p99 over alone"),
         tuple(rows),
-        (f"{users.num_answers} rollouts at {figures['tokens_per_s']:.0f} tokens/s beside the users",),
+        tuple(
+            f"{name}: {sampled.num_answers} answers, {sampled.tokens_per_s:.0f} tokens/s"
+            for name, sampled in users.sampled.items()
+        ),
     )
 
 

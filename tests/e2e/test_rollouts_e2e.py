@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +232,36 @@ def test_under_auto_the_trainer_takes_over_when_no_engine_can_be_had(
 
 def test_a_server_that_is_not_for_rollouts_says_so(world: ServerWorld) -> None:
     settings = world.server.settings
-    source = ServerSource(settings, world.registry, base_info(settings), SAMPLING, actor="test")
+    source = ServerSource(settings, world.registry, base_info(settings), SAMPLING, actor="test", concurrency=4)
     with pytest.raises(UnavailableError, match=r"server\.ppo_rollouts = true"):
         source.update(Policies(world.server.home, base_info(settings)).make(), 0)
     assert not [name for name in world.registry.adapters() if name.startswith("steps-")]
+
+
+@contextmanager
+def users_asking(url: str) -> Iterator[list[int]]:
+    """One user after the other asks the server while this is open; the status of each answer."""
+    statuses: list[int] = []
+    begun, stop = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            messages = [{"role": "user", "content": f"What is the capital of France, question {len(statuses)}?"}]
+            body = {"model": "chat", "messages": messages, "max_tokens": 8}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+            statuses.append(answer.status_code)
+                httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).status_code
+            )
+            begun.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        yield statuses
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_live_server_at_low_priority(prompts: list[list[int]], tmp_path: Path) -> None:
@@ -243,13 +271,15 @@ def test_a_live_server_at_low_priority(prompts: list[list[int]], tmp_path: Path)
     registry, base = open_registry(settings), base_info(settings)
     policies = Policies(tmp_path, base)
     with server:
-        source = ServerSource(settings, registry, base, SAMPLING, actor="test")
+        source = ServerSource(settings, registry, base, SAMPLING, actor="test", concurrency=4)
         first, second = policies.make(), policies.make()
         source.update(first, 0)
         for check in SOURCE_CONTRACT:
             check(SourceSubject(source, prompts, SAMPLING.max_new_tokens, eos_ids(settings)))
         source.update(second, 1)
-        rollouts = source.sample(prompts, seed=1)
+        with users_asking(server.url) as statuses:  # rollouts are left out of steps, and go on where they were
+            rollouts = source.sample(prompts, seed=1)
+        assert set(statuses) == {200}
         own = difference(settings, second, rollouts, SAMPLING.temperature)
         print(f"\nlive server, mean |d log-prob|: {own:.4f}")
         assert own <= BOUND

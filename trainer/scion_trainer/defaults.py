@@ -12,7 +12,7 @@ from scion_adapters.fingerprint import BaseInfo
 from scion_trainer.config import RunConfig
 
 KTO_RATE_TIMES_WIDTH = 0.38
-DPO_RATE_TIMES_WIDTH = 0.19
+DPO_RATE_TIMES_WIDTH = 0.38
 SFT_RATE_TIMES_WIDTH = 0.8
 REWARD_RATE_TIMES_WIDTH = 0.4
 PPO_RATE_TIMES_WIDTH = 0.1
@@ -22,6 +22,7 @@ REWARD_EXAMPLES_SEEN = 2400
 REWARD_MAX_EPOCHS = 4.0
 KTO_EXAMPLES_SEEN = 2400
 KTO_MAX_EPOCHS = 4.0
+DPO_MAX_EPOCHS = 8.0
 KTO_BETA_TIMES_TOKENS = 20.0
 KTO_MAX_BETA = 1.0
 
@@ -58,6 +59,15 @@ def kto_epochs(num_examples: int) -> float:
     return min(KTO_MAX_EPOCHS, max(1.0, KTO_EXAMPLES_SEEN / max(1, num_examples)))
 
 
+def dpo_epochs(num_pairs: int) -> float:
+    """As KTO's, and up to eight passes: pairs are few where they must be found among single thumbs.
+
+    On 160 to 190 pairs of the demo four passes at half the rate reached 74 to 76% thumbs up, eight 86 to 89%, at the
+    same accuracy.
+    """
+    return min(DPO_MAX_EPOCHS, max(1.0, KTO_EXAMPLES_SEEN / max(1, num_pairs)))
+
+
 def reward_epochs(num_examples: int) -> float:
     """Passes of each member of a reward model: as many as see 2,400 examples, from one to four.
 
@@ -83,7 +93,7 @@ def kto_beta(mean_answer_tokens: float) -> float:
 def resolve(config: RunConfig, base: BaseInfo, *, num_examples: int, mean_answer_tokens: float) -> RunConfig:
     """`config` with nothing left open."""
     rate, options = config.learning_rate, dict(config.options)
-    epochs = {"reward": reward_epochs, "ppo": ppo_epochs}.get(config.recipe, kto_epochs)
+    epochs = {"dpo": dpo_epochs, "reward": reward_epochs, "ppo": ppo_epochs}.get(config.recipe, kto_epochs)
     if "beta" in options and options["beta"] is None:
         options["beta"] = kto_beta(mean_answer_tokens)
     return replace(

@@ -9,7 +9,8 @@ import pytest
 
 from scion_adapters.errors import InvalidInputError, UnavailableError
 from scion_adapters.settings import Settings
-from scion_trainer.rollouts.sampling import LOW_PRIORITY, Sampling, check_server, own_seed, read_rollout, sample
+from scion_adapters.steps import ROLLOUT_PRIORITY
+from scion_trainer.rollouts.sampling import Sampling, check_server, own_seed, read_rollout, sample
 from scion_trainer.server_client import ServerClient
 from tests.helpers.fake_vllm import EOS, FakeVllm, log_probs
 
@@ -41,7 +42,7 @@ def test_nothing_but_the_temperature_shapes_the_distribution() -> None:
             "seed": own_seed(5, 0),
             "logprobs": 0,
             "return_token_ids": True,
-            "priority": LOW_PRIORITY,
+            "priority": ROLLOUT_PRIORITY,
         }
     ]
     assert fake.headers[0]["x-scion-evaluation"] == "the-key"

@@ -61,7 +61,13 @@ class World:
 
     def source(self) -> ServerSource:
         return ServerSource(
-            self.settings, self.registry, self.base, Sampling(8), actor="run-1", transport=self.vllm.transport()
+            self.settings,
+            self.registry,
+            self.base,
+            Sampling(8),
+            actor="run-1",
+            concurrency=3,
+            transport=self.vllm.transport(),
         )
 
     @contextmanager

@@ -134,7 +134,8 @@ def open_source(
 
     def make(place: Place) -> RolloutSource:
         if place is Place.SERVER:
-            return ServerSource(settings, registry, base, sampling, actor=actor)
+            at_once = settings.trainer.ppo.server_concurrency
+            return ServerSource(settings, registry, base, sampling, actor=actor, concurrency=at_once)
         if place is Place.ENGINE:
             home, longest = context.directory / "engine", context.config.max_length
             return EngineSource(

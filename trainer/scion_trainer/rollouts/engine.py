@@ -29,6 +29,8 @@ from scion_trainer.rollouts.sampling import Sampling
 from scion_trainer.rollouts.server import ServerSource
 from scion_trainer.rollouts.types import Rollout
 
+CONCURRENCY = 64
+"""Answers sampled at once: vLLM's batches are worth their start from about so many on, and nobody waits beside them."""
 START_TIMEOUT_S = 600.0
 MAX_RESTARTS = 2
 """In a row: an engine that dies at every batch is not started for ever."""
@@ -235,7 +237,9 @@ class EngineSource:
         # The environment overrides files: what stands in the file is given again, above it.
         self._scratch = load_settings(file, overrides=self._sections)
         self._registry = open_registry(self._scratch)
-        self._source = ServerSource(self._scratch, self._registry, self._base, self._sampling, actor=self._actor)
+        self._source = ServerSource(
+            self._scratch, self._registry, self._base, self._sampling, actor=self._actor, concurrency=CONCURRENCY
+        )
         environment = child_environment(os.environ, file)
         self._process = EngineProcess(self._home, self._scratch.trainer.server_url, environment, command=self._command)
         seconds = self._process.start()

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from scion_adapters.errors import InvalidInputError, UnavailableError
+from scion_adapters.steps import ROLLOUT_PRIORITY
 from scion_trainer.rollouts.types import Rollout
 
-CONCURRENCY = 64
-"""Requests at once: vLLM's batches are worth their start from about so many on (docs/decisions)."""
-LOW_PRIORITY = 100
-"""Users' requests have priority 0; vLLM serves the lower number first."""
 PROBE_PROMPT = (1, 2, 3, 5, 8)
 """Ids that every vocabulary has. One alone could be padding, whose embedding is 0, so that all tokens are as likely."""
 PROBE_TEMPERATURE = 0.5
@@ -31,7 +28,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()  # tokens that end an answer, beside the model's own EOS
-    priority: int = LOW_PRIORITY
+    priority: int = ROLLOUT_PRIORITY
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 < self.temperature < math.inf:

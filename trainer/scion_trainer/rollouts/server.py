@@ -19,7 +19,7 @@ from scion_adapters.replicas import ReplicaLedger, heartbeat_ttl_s, wait_until_l
 from scion_adapters.routing import load_routing
 from scion_adapters.settings import Settings
 from scion_adapters.steps import StepLine
-from scion_trainer.rollouts.sampling import CONCURRENCY, Sampling, check_server, sample
+from scion_trainer.rollouts.sampling import Sampling, check_server, sample
 from scion_trainer.rollouts.types import Rollout
 from scion_trainer.server_client import ServerClient
 
@@ -31,7 +31,9 @@ POLL_S = 0.02
 class ServerSource:
     """`RolloutSource` over the servers on `registry`'s database. Nothing happens before the first `update`.
 
-    `transport` replaces HTTP in tests. Raises UnavailableError when no server is live, or none can be sampled from.
+    `concurrency`: answers sampled at once. Priority decides who is let into vLLM's batch, not how long a step of the
+    whole batch takes, so on a server with users only few rollouts may be in it. `transport` replaces HTTP in tests.
+    Raises UnavailableError when no server is live, or none can be sampled from.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class ServerSource:
         sampling: Sampling,
         *,
         actor: str,
+        concurrency: int,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._settings = settings
@@ -49,6 +52,7 @@ class ServerSource:
         self._base = base
         self._sampling = sampling
         self._actor = actor
+        self._concurrency = concurrency
         self._transport = transport
         self._ledger = ReplicaLedger(registry.database)
         self._line: StepLine | None = None
@@ -130,4 +134,6 @@ class ServerSource:
             previous.close()
 
     def _client_for(self, keys: dict[str, str]) -> ServerClient:
-        return ServerClient(self._settings, evaluation_keys=keys, concurrency=CONCURRENCY, transport=self._transport)
+        return ServerClient(
+            self._settings, evaluation_keys=keys, concurrency=self._concurrency, transport=self._transport
+        )

@@ -1,0 +1,68 @@
+"""While users' requests are in the engine, rollouts of a training run wait: what a step of vLLM's scheduler leaves out.
+
+vLLM's priorities decide who gets into a batch and who is thrown out of it when memory is short. In between all go
+through the same steps, and a step takes longer the more it holds. Here rollouts keep their place and their cache and
+are left out of the steps that users need. Owns that decision; private_vllm.py puts it in place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from scion_adapters.steps import ROLLOUT_PRIORITY
+
+EVERY = 20
+"""Every so many steps rollouts take part beside users, so that they end some day on a server that is never idle."""
+
+
+def users_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, a scheduler's method that makes up one step, without rollouts where users are to be served.
+
+    Used with the scheduling policy "priority" only. Whoever is left out stays in the scheduler as it was.
+    """
+
+    @functools.wraps(original)
+    def schedule(scheduler: Any, *arguments: Any, **named: Any) -> Any:
+        running, waiting = left_out(scheduler)
+        if not running and not waiting:
+            return original(scheduler, *arguments, **named)
+        scheduler.running = [request for request in scheduler.running if not is_rollout(request)]
+        scheduler.waiting.remove_requests(waiting)
+        try:
+            return original(scheduler, *arguments, **named)
+        finally:
+            scheduler.is_short_for_users = len(scheduler.waiting) > 0
+            scheduler.running = [*scheduler.running, *running]
+            for request in waiting:
+                scheduler.waiting.add_request(request)
+
+    schedule.puts_users_first = True  # type: ignore[attr-defined]
+    return schedule
+
+
+def left_out(scheduler: Any) -> tuple[list[Any], list[Any]]:
+    """The running and the waiting rollouts that the next step does without. Counts the steps at which it could.
+
+    None where users do not fit beside what rollouts hold: then vLLM's own rules throw rollouts out.
+    """
+    if scheduler.policy.value != "priority":
+        return [], []
+    running = [request for request in scheduler.running if is_rollout(request)]
+    waiting = [request for request in scheduler.waiting if is_rollout(request)]
+    num_users = len(scheduler.running) - len(running) + len(scheduler.waiting) - len(waiting)
+    if not num_users or not (running or waiting):
+        return [], []
+    scheduler.num_steps_with_users = getattr(scheduler, "num_steps_with_users", 0) + 1
+    if scheduler.num_steps_with_users % EVERY == 0:
+        return [], []
+    was_short, scheduler.is_short_for_users = getattr(scheduler, "is_short_for_users", False), False
+    if was_short or num_users + len(running) > scheduler.max_num_running_reqs:
+        return [], []
+    return running, waiting
+
+
+def is_rollout(request: Any) -> bool:
+    """Whether nobody waits for the answer."""
+    return bool(request.priority >= ROLLOUT_PRIORITY)
