@@ -250,8 +250,6 @@ def users_asking(url: str) -> Iterator[list[int]]:
             body = {"model": "chat", "messages": messages, "max_tokens": 8}
             answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
             statuses.append(answer.status_code)
-                httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).status_code
-            )
             begun.set()
 
     thread = threading.Thread(target=ask)

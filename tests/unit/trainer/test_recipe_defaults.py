@@ -7,7 +7,7 @@ import pytest
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.settings import load_settings
 from scion_trainer.config import RunConfig, run_config
-from scion_trainer.defaults import hidden_size, kto_beta, kto_epochs, learning_rate, resolve
+from scion_trainer.defaults import dpo_epochs, hidden_size, kto_beta, kto_epochs, learning_rate, resolve
 
 
 def base(hidden: int) -> BaseInfo:
@@ -58,6 +58,13 @@ def test_the_rate_falls_with_the_width(recipe: str, width: int, low: float, high
 )
 def test_many_ratings_need_fewer_passes(examples: int, epochs: float) -> None:
     assert kto_epochs(examples) == epochs
+
+
+@pytest.mark.parametrize(("pairs", "epochs"), [(180, 8.0), (600, 4.0), (5000, 1.0), (0, 8.0)])
+def test_few_pairs_are_seen_more_often(pairs: int, epochs: float) -> None:
+    assert dpo_epochs(pairs) == epochs
+    found = resolve(config("dpo"), base(192), num_examples=pairs, mean_answer_tokens=15.0)
+    assert (found.epochs, found.learning_rate) == (epochs, learning_rate("kto", 192))
 
 
 @pytest.mark.parametrize(
