@@ -248,7 +248,7 @@ class PpoSection(Section):
         "the trainer itself; auto takes the first of them that is there and worth its start.",
     )
     server_concurrency: int = Field(
-        4, ge=1, description="Answers sampled at once from the live server: each makes users' answers a little slower."
+        16, ge=1, description="Answers sampled at once from the live server, in the steps that its users leave free."
     )
     missing_eos_penalty: float = Field(
         1.0, ge=0, description="Standard deviations of the reward taken off an answer that was cut off at max_tokens."

@@ -13,7 +13,7 @@ from typing import Any
 
 from scion_adapters.steps import ROLLOUT_PRIORITY
 
-EVERY = 20
+EVERY = 50
 """Every so many steps rollouts take part beside users, so that they end some day on a server that is never idle."""
 
 

@@ -31,9 +31,8 @@ POLL_S = 0.02
 class ServerSource:
     """`RolloutSource` over the servers on `registry`'s database. Nothing happens before the first `update`.
 
-    `concurrency`: answers sampled at once. Priority decides who is let into vLLM's batch, not how long a step of the
-    whole batch takes, so on a server with users only few rollouts may be in it. `transport` replaces HTTP in tests.
-    Raises UnavailableError when no server is live, or none can be sampled from.
+    `concurrency`: answers sampled at once; a user who comes waits for the end of a step with all of them. `transport`
+    replaces HTTP in tests. Raises UnavailableError when no server is live, or none can be sampled from.
     """
 
     def __init__(
