@@ -68,5 +68,8 @@ def test_rollouts_beside_users_fail_nobody(tmp_path: Path) -> None:
     assert main(["rollouts", "--quick", "--output", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "rollouts.json").read_text())["figures"]
     assert figures["failed"] == 0
-    assert figures["rollouts"] > 0
+    assert {name: found["num_answers"] > 0 for name, found in figures["sampled"].items()} == {
+        "beside rollouts": True,
+        "beside unbridled rollouts": True,
+    }
     assert figures["alone"]["p50_ms"] > 0
