@@ -134,8 +134,8 @@ def open_source(
 
     def make(place: Place) -> RolloutSource:
         if place is Place.SERVER:
-            at_once = settings.trainer.ppo.server_concurrency
-            return ServerSource(settings, registry, base, sampling, actor=actor, concurrency=at_once)
+            concurrency = settings.trainer.ppo.server_concurrency
+            return ServerSource(settings, registry, base, sampling, actor=actor, concurrency=concurrency)
         if place is Place.ENGINE:
             home, longest = context.directory / "engine", context.config.max_length
             return EngineSource(
