@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from scion_adapters.settings import Settings
 from scion_adapters.tables import counters
 
 BUSY_TIMEOUT_S = 10.0
+WAL_RETRY_S = 0.01
 _REMEDIES = {
     "disk is full": "free space on its disk",
     "No space left": "free space on its disk",
@@ -162,11 +164,26 @@ def _remedy(said: str) -> str:
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself; _begin_sqlite says how
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
+    _use_wal(cursor)
     cursor.execute("PRAGMA synchronous=FULL")  # 2xx means on disk
     cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
     cursor.close()
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Switch the file to WAL, once and for all. Two that switch it at once both hold what the other waits for: SQLite
+    then calls it locked at once, without its busy timeout, so the waiting is done here."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(WAL_RETRY_S)
+        else:
+            return
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

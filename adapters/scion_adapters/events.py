@@ -14,10 +14,9 @@ import sqlalchemy as sa
 
 from scion_adapters import tables
 from scion_adapters.database import Database, next_value
-from scion_adapters.notifications import notify_routing
+from scion_adapters.notifications import ROUTING_COUNTER, notify_routing, routing_revision_query
 from scion_adapters.records import Event
 
-ROUTING_COUNTER = "routing"
 _NO_DATA: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -69,5 +68,4 @@ def bump_routing(connection: sa.Connection) -> int:
 
 def routing_revision(connection: sa.Connection) -> int:
     """The present routing revision; 0 before the first change."""
-    query = sa.select(tables.counters.c.value).where(tables.counters.c.name == ROUTING_COUNTER)
-    return int(connection.execute(query).scalar() or 0)
+    return int(connection.execute(routing_revision_query()).scalar() or 0)

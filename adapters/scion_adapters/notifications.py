@@ -14,14 +14,21 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from scion_adapters import tables
 from scion_adapters.database import Database
 
 ROUTING_CHANNEL = "scion_routing"
+ROUTING_COUNTER = "routing"
 SQLITE_INTERVAL_S = 0.02
-"""How often SQLite's change counter is read: some microseconds, on a connection of its own that takes no lock."""
+"""How often SQLite's change counter is read: some microseconds, on a connection of its own that waits for no lock."""
 
 CONFIRM_INTERVAL_S = 30.0
 """How often a silent PostgreSQL connection is asked whether it still lives."""
+
+
+def routing_revision_query() -> sa.Select[Any]:
+    """The present routing revision; no row before the first change."""
+    return sa.select(tables.counters.c.value).where(tables.counters.c.name == ROUTING_COUNTER)
 
 
 def notify_routing(connection: sa.Connection, revision: int) -> None:
@@ -43,13 +50,19 @@ async def listen(database: Database, on_change: Callable[[], None]) -> None:
 
 async def _ask_sqlite(database: Database, on_change: Callable[[], None]) -> None:
     path = sa.make_url(database.url).database
+    query = str(routing_revision_query().compile(compile_kwargs={"literal_binds": True}))
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0, isolation_level=None)) as connection:
         seen: int | None = None
+        heard: int | None = None
         while True:
             version = connection.execute("PRAGMA data_version").fetchone()[0]
-            if version != seen:
+            if version != seen:  # votes and records count there, too: nobody should have to look for those
+                row = connection.execute(query).fetchone()
+                revision = row[0] if row else 0
+                if revision != heard:
+                    heard = revision
+                    on_change()
                 seen = version
-                on_change()
             await asyncio.sleep(SQLITE_INTERVAL_S)
 
 

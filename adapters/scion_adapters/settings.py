@@ -82,6 +82,9 @@ class ServerSection(Section):
     data_parallel_size: int = Field(
         1, ge=1, description="Copies of the engine behind them, each with all adapters; vLLM balances between them."
     )
+    shutdown_timeout_s: int = Field(
+        15, ge=1, description="Seconds that answers may run on after a SIGTERM; keep a supervisor's patience longer."
+    )
     kv_cache_gib: int = Field(1, ge=1, description="CPU build only: GiB of key-value cache.")
     ppo_rollouts: bool = Field(
         False,

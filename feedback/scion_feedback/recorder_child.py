@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -28,7 +29,9 @@ from scion_feedback.journal import Journal
 from scion_feedback.recorder import Recorder
 from scion_feedback.recorder_process import ChildConfig, ChildReport, split
 
-_REPORT_INTERVAL_S = 0.05
+_REPORT_INTERVAL_S = 0.25
+_GATHER_S = 0.02
+"""A pause between two readings: waking for each answer would cost the server that sends it, too."""
 _READ_BYTES = 1 << 18
 _NICENESS = 19
 
@@ -83,10 +86,13 @@ def run(connection: socket.socket) -> None:
     )
     recorder.start()
     reported = ChildReport()
+    report_due = 0.0
     while True:
         for message in messages:
             recorder.submit(partial(settlement.build, message))
-        reported = _report(connection, recorder, settlement.settled, reported)
+        if time.monotonic() >= report_due:
+            reported = _report(connection, recorder, settlement.settled, reported)
+            report_due = time.monotonic() + _REPORT_INTERVAL_S
         if not select.select([connection], [], [], _REPORT_INTERVAL_S)[0]:
             messages = []
             continue
@@ -97,6 +103,8 @@ def run(connection: socket.socket) -> None:
             break
         buffer += data
         messages = split(buffer)
+        if len(data) < _READ_BYTES:
+            time.sleep(_GATHER_S)
     finished = threading.Event()
     threading.Thread(target=_close, args=(recorder, config.close_timeout_s, finished), daemon=True).start()
     while not finished.wait(_REPORT_INTERVAL_S):

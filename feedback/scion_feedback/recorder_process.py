@@ -2,9 +2,10 @@
 
 Parsing, journaling and storing an answer takes a fifth of the time that the API server itself spends on a request, and
 a thread that computes keeps the interpreter's lock from requests. Here a request pays for one `submit`, which pickles
-what it left behind (tens of microseconds; a batch of them in a thread would stop every request that comes meanwhile),
-and a thread only sends. Frames stay in memory until the child reports them journaled: a child that dies is replaced and
-gets them again. When the server dies, the child records what it was handed, and ends.
+what it left behind and puts it into the child's socket (tens of microseconds). A thread sends only what the socket had
+no room for: one that sent everything would take the lock at each turn, and every request in between wait for it twice.
+Frames stay in memory until the child reports them journaled: a child that dies is replaced and gets them again. When
+the server dies, the child records what it was handed, and ends.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from scion_feedback.recorder import Build, RecorderObserver, RecorderStats
 
 _logger = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
-_SEND_INTERVAL_S = 0.02  # often and little: the child's bursts of work must not be felt by requests
+_SEND_BUFFER_BYTES = 1 << 20  # what the kernel allows of it
+_LOOK_INTERVAL_S = 1.0  # for a child that ended by itself
 _RESTART_PAUSE_S = 1.0
 CHILD_MODULE = "scion_feedback.recorder_child"
 
@@ -61,6 +63,7 @@ class _Child:
 
     def __init__(self, config: ChildConfig) -> None:
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", CHILD_MODULE, str(theirs.fileno())],
@@ -76,6 +79,13 @@ class _Child:
         """Blocks while the child has enough to do; raises OSError when it is gone."""
         self.socket.sendall(data)
 
+    def send_now(self, data: bytes) -> int:
+        """Send what there is room for; returns the number of bytes. Of a child that is gone, `send` will tell."""
+        try:
+            return self.socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            return 0
+
 
 class RecorderProcess:
     """Recorder's interface; the work is done in a child process. Thunks must be picklable."""
@@ -83,10 +93,12 @@ class RecorderProcess:
     def __init__(self, config: ChildConfig, observer: RecorderObserver | None = None) -> None:
         self._config = config
         self._observer = observer
-        self._queue: deque[bytes] = deque()  # pickled, and not handed over yet
-        self._unsettled: deque[bytes] = deque()  # handed over and not reported yet, oldest first
+        self._unsettled: deque[bytes] = deque()  # frames that were not reported yet, oldest first
+        self._unsent: deque[bytes] = deque()  # the end of them, from where the child's socket had no room
+        self._is_behind = True  # the thread is sending, or there is nobody to send to: new frames queue up behind
         self._accepting = True
-        self._stop = threading.Event()
+        self._stopping = False
+        self._wake = threading.Event()
         self._mutex = threading.Lock()
         self._child: _Child | None = None
         self._past = ChildReport()  # sums of the children that are gone
@@ -97,18 +109,25 @@ class RecorderProcess:
         self._thread.start()
 
     def submit(self, build: Build) -> bool:
-        """Queue one answer; returns at once. False: it was lost, and counted."""
+        """Hand over one answer, or queue it; returns at once. False: it was lost, and counted."""
         if not self._accepting:
             self._lose("closed")
             return False
-        if len(self._queue) + len(self._unsettled) >= self._config.queue_size:
+        if len(self._unsettled) >= self._config.queue_size:
             self._lose("queue_full")
             return False
         try:
-            self._queue.append(frame(build))
+            data = frame(build)
         except Exception as error:  # a thunk may fail in any way; the request must not
             self._lose("unparsable", error)
             return False
+        with self._mutex:
+            self._unsettled.append(data)
+            num_sent = 0 if self._is_behind or self._child is None else self._child.send_now(data)
+            if num_sent < len(data):
+                self._is_behind = True
+                self._unsent.append(data[num_sent:])
+                self._wake.set()
         return True
 
     def close(self, timeout_s: float = 10.0) -> bool:
@@ -118,12 +137,13 @@ class RecorderProcess:
         """
         deadline = time.monotonic() + timeout_s
         self._accepting = False
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         child = self._child
         if child is None or self._thread.is_alive():
-            return not self._queue and not self._unsettled
+            return not self._unsettled
         try:
             child.process.wait(max(deadline - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
@@ -137,7 +157,7 @@ class RecorderProcess:
             now = self._child.report if self._child is not None else ChildReport()
             lost = self._lost_here + Counter(self._past.lost) + Counter(now.lost)
             return RecorderStats(
-                queued=len(self._queue) + len(self._unsettled),
+                queued=len(self._unsettled),
                 journaled=now.journaled,
                 stored=self._past.stored + now.stored,
                 redelivered=self._past.redelivered + now.redelivered,
@@ -145,7 +165,7 @@ class RecorderProcess:
                 lost=dict(lost),
             )
 
-    # --- the thread that hands over -----------------------------------------------------------------------------------
+    # --- the thread that looks after the child ------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
@@ -154,44 +174,58 @@ class RecorderProcess:
                 child = _Child(self._config)
                 with self._mutex:
                     self._child = child
-                    again = list(self._unsettled)
+                    self._unsent = deque(self._unsettled)
                 reader = threading.Thread(target=self._read, args=(child,), name="scion-recorder-reports", daemon=True)
                 reader.start()
-                child.send(b"".join(again))
-                self._hand_over(child)
+                self._look_after(child)
                 child.socket.shutdown(socket.SHUT_WR)  # the child finishes what it has, reports, and ends
                 reader.join(self._config.close_timeout_s)
                 return
             except OSError as error:
+                with self._mutex:
+                    self._is_behind = True
                 _logger.warning(
-                    "the recorder's process is gone (%s); %d answers wait for the next", error, self._waiting
+                    "the recorder's process is gone (%s); %d answers wait for the next", error, len(self._unsettled)
                 )
             if reader is not None:
                 reader.join()
                 self._bury()
-            if self._stop.wait(_RESTART_PAUSE_S) and not self._waiting:
+            if self._pause(_RESTART_PAUSE_S) and not self._unsettled:
                 return
 
-    @property
-    def _waiting(self) -> int:
-        return len(self._queue) + len(self._unsettled)
-
-    def _hand_over(self, child: _Child) -> None:
-        """Until stopped: send what is queued."""
-        stopping = False
-        while not stopping:
-            stopping = self._stop.wait(_SEND_INTERVAL_S)
-            while self._queue:
-                frames = []
-                with self._mutex:  # what leaves the queue is unsettled at once: it is never in neither
-                    while self._queue:
-                        self._unsettled.append(self._queue[0])
-                        frames.append(self._queue.popleft())
-                child.send(b"".join(frames))
+    def _look_after(self, child: _Child) -> None:
+        """Until stopped: send what `submit` could not. Raises OSError when the child is gone."""
+        while True:
+            self._wake.clear()
+            is_last = self._stopping
+            self._catch_up(child)
             if child.process.poll() is not None:
                 raise ConnectionResetError(f"it ended with status {child.process.returncode}")
             if self._observer is not None:
-                self._observer.queued(self._waiting)
+                self._observer.queued(len(self._unsettled))
+            if is_last:
+                return
+            self._wake.wait(_LOOK_INTERVAL_S)
+
+    def _catch_up(self, child: _Child) -> None:
+        while True:
+            with self._mutex:
+                if not self._unsent:
+                    self._is_behind = False
+                    return
+                data = b"".join(self._unsent)
+                self._unsent.clear()
+            child.send(data)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; at once over when stopped. Returns whether it is."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._wake.clear()
+            rest = deadline - time.monotonic()
+            if self._stopping or rest <= 0:
+                return self._stopping
+            self._wake.wait(rest)
 
     def _bury(self) -> None:
         """Count the dead child's work as past; what it had not reported is sent again."""
@@ -219,6 +253,8 @@ class RecorderProcess:
                     self._take(child, ChildReport(**json.loads(line)))
         except OSError:
             pass  # the sending thread hears of it too
+        finally:
+            self._wake.set()
 
     def _take(self, child: _Child, report: ChildReport) -> None:
         with self._mutex:

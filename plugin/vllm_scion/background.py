@@ -85,6 +85,7 @@ class Background:
     _load: asyncio.Event = field(default_factory=asyncio.Event)
     _tell: asyncio.Event = field(default_factory=asyncio.Event)
     _broken: set[str] = field(default_factory=set)
+    _untold: list[CountedRefusal] = field(default_factory=list)  # refusals that are not written yet
     _holds_lease: bool = False
     _lease_due: float = 0.0
     _timekeeper: Timekeeper = field(default_factory=Timekeeper)
@@ -114,7 +115,7 @@ class Background:
         # A report that is still being written would bring the row back after its removal: let it end first.
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
         try:
-            await asyncio.to_thread(self._leave, self.refusals.take_all())
+            await asyncio.to_thread(self._leave, [*self._untold, *self.refusals.take_all()])
         except ScionError as error:
             logger.warning("could not leave the ledger (it is forgotten after %g s): %s", self.ttl_s, error)
 
@@ -154,7 +155,8 @@ class Background:
                 self._follow(*found)
                 self._load.set()
                 self._tell.set()
-        await _wait(self._look, self.settings.poll_interval_s)
+        is_told = self._broken.isdisjoint(("listen", "routing"))
+        await _wait(self._look, self.settings.heartbeat_s if is_told else self.settings.poll_interval_s)
 
     async def _listen(self) -> None:
         """Hear of changes at once. When that breaks, `_watch` still finds them at its next poll."""
@@ -196,8 +198,9 @@ class Background:
     async def _tell_refusals(self) -> None:
         """Write down who was refused."""
         await asyncio.sleep(self.settings.heartbeat_s)
-        if due := self.refusals.take_due():
-            await self._attempt("refusals", lambda: write_refusals(self.database, due, actor=self.identity.id))
+        self._untold = self._untold or self.refusals.take_due()
+        if self._untold:
+            await self._attempt("refusals", self._tell_untold)
 
     async def _watch_files(self) -> None:
         """Take versions whose files were lost out of traffic."""
@@ -227,6 +230,10 @@ class Background:
         self.ledger.remove(self.identity.id)
         if refusals:
             write_refusals(self.database, refusals, actor=self.identity.id)
+
+    def _tell_untold(self) -> None:
+        write_refusals(self.database, self._untold, actor=self.identity.id)
+        self._untold = []
 
     def _hold_lease(self) -> bool:
         return try_acquire(self.database, CONTROLLER_LEASE, self.identity.id, self.ttl_s)

@@ -78,6 +78,8 @@ class ScionEndpointPlugin:
         table = private_vllm.LoraTable(engine_client, models)
         max_loras, max_cpu_loras, max_lora_rank = private_vllm.lora_limits(state)
         engine_name, is_engine_shared = private_vllm.engine_name(state)
+        if is_engine_shared:
+            private_vllm.finish_answers_first(engine_client)
         engine = EngineFacts(
             table=table,
             base_names=table.base_names,

@@ -21,6 +21,7 @@ from scion_adapters.errors import NotFoundError, UnavailableError
 from scion_adapters.routing import Assignment, assign
 from vllm_scion.capture import Capture, Hasher
 from vllm_scion.errors_http import explain, unavailable_response
+from vllm_scion.handover import Handover
 from vllm_scion.metrics import Metrics, shown_as
 from vllm_scion.private_vllm import is_client_error, token_counts
 from vllm_scion.serving import Flight, Serving
@@ -29,8 +30,6 @@ from vllm_scion.subject import conversation_of, subject_of
 EVALUATION_HEADER = "x-scion-evaluation"
 
 Endpoint = Callable[[Any, Request], Coroutine[Any, Any, Any]]
-Submit = Callable[[Callable[[], Any]], bool]
-"""scion_feedback.recorder.Recorder.submit: never blocks; false means lost, and counted there."""
 
 
 @dataclass(slots=True)
@@ -40,7 +39,7 @@ class Gateway:
     serving: Serving
     metrics: Metrics
     base_name: str = ""
-    submit: Submit | None = None
+    handover: Handover | None = None  # None: nothing is recorded
     hasher: Hasher | None = None
 
     def wrap(self, original: Endpoint, route: str, *, is_recorded: bool = True) -> Endpoint:
@@ -71,7 +70,7 @@ class Gateway:
             if assignment is None:
                 return await original(request, raw_request)
             call = _Call(self, route, assignment, model, started)
-            if is_recorded and evaluation_key is None and self.submit is not None and body.get("store") is not False:
+            if is_recorded and evaluation_key is None and self.handover is not None and body.get("store") is not False:
                 call.keep(body, raw_request)
             lora_id = assignment.lora_id
             if lora_id is None:
@@ -128,14 +127,12 @@ class _Call:
         self._created_at = time.time()
 
     def answered(self, response: Any) -> None:
-        """A complete response (or None: the client left). It is recorded once the event loop has sent it off."""
+        """A complete response (or None: the client left). It is recorded after the event loop has sent it off."""
         self._land()
         status = response.status_code if isinstance(response, Response) else 499
         if status == 200:
             self._count("ok")
-            if self._body is not None and (submit := self._gateway.submit) is not None:
-                capture = self._capture(bytes(response.body), None, is_stream=False)
-                asyncio.get_running_loop().call_soon(submit, capture.build)
+            self._hand_over(bytes(response.body), None, is_stream=False)
         elif status == 499:
             self._count("cancelled")
         else:
@@ -166,10 +163,13 @@ class _Call:
         finally:  # nothing here may wait: the client may have gone and the generator be closing
             self._land()
             self._count(outcome)
-            if self._body is not None and (submit := self._gateway.submit) is not None:
-                submit(self._capture(sent, first_at, is_stream=True).build)
+            self._hand_over(sent, first_at, is_stream=True)
 
-    def _capture(self, parts: Any, first_at: float | None, *, is_stream: bool) -> Capture:
+    def _hand_over(self, parts: Any, first_at: float | None, *, is_stream: bool) -> None:
+        if self._body is not None and (handover := self._gateway.handover) is not None:
+            handover.add(functools.partial(self._capture, parts, first_at, time.perf_counter(), is_stream=is_stream))
+
+    def _capture(self, parts: Any, first_at: float | None, ended_at: float, *, is_stream: bool) -> Capture:
         hasher = self._gateway.hasher
         assert self._body is not None
         assert self._request is not None
@@ -184,7 +184,7 @@ class _Call:
             parts=parts,
             stream=is_stream,
             created_at=self._created_at,
-            latency_ms=(time.perf_counter() - self._started) * 1e3,
+            latency_ms=(ended_at - self._started) * 1e3,
             first_token_ms=None if first_at is None else (first_at - self._started) * 1e3,
             hasher=hasher,
         )

@@ -31,6 +31,7 @@ from vllm_scion.authority import Gatekeeper, Refusal, check_access
 from vllm_scion.background import Background, Identity
 from vllm_scion.file_watch import FileWatch
 from vllm_scion.gateway import Gateway
+from vllm_scion.handover import Handover
 from vllm_scion.loader import Loader, Table
 from vllm_scion.serve import OPEN_SERVER, RUNTIME_LORA, check_names, is_loopback
 
@@ -95,7 +96,9 @@ class Runtime:
     async def close(self) -> None:
         """Leave the ledger, bring what is recorded to disk, let go of the database."""
         await self.background.close()
-        self.gateway.submit = None
+        handover, self.gateway.handover = self.gateway.handover, None
+        if handover is not None:
+            handover.flush()
         if not await asyncio.to_thread(self.recorder.close, CLOSE_TIMEOUT_S):
             logger.warning(
                 "some answers stay in the journal %s; the next server stores them", self.settings.capture.journal
@@ -165,7 +168,7 @@ async def open_runtime(
     opened.recorder.start()
     gateway.base_name = engine.base_names[0]
     gateway.hasher = opened.hasher
-    gateway.submit = opened.recorder.submit if settings.capture.enabled else None
+    gateway.handover = Handover(opened.recorder.submit) if settings.capture.enabled else None
     feedback = FeedbackStore(opened.registry.database, opened.hasher, now)
     runtime = Runtime(
         settings=settings,

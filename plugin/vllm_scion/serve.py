@@ -68,6 +68,7 @@ def plan_launch(
         arguments += ["--api-server-count", str(server.api_server_count)]
     if server.data_parallel_size > 1:
         arguments += ["--data-parallel-size", str(server.data_parallel_size)]
+    arguments += ["--shutdown-timeout", str(server.shutdown_timeout_s)]
     if server.max_model_len is not None:
         arguments += ["--max-model-len", str(server.max_model_len)]
     if server.ppo_rollouts:

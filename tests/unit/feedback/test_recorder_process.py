@@ -123,7 +123,7 @@ recorder = RecorderProcess(ChildConfig(sys.argv[1], sys.argv[2], 1 << 24, 10_000
 recorder.start()
 for number in range(100):
     recorder.submit(partial(record, f"c{number}"))
-while recorder._queue or recorder._child is None:
+while recorder._is_behind:
     pass
 print(recorder._child.process.pid, flush=True)
 sys.stdin.read()

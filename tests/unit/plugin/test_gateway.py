@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from scion_adapters.routing import Routing, bucket
 from tests.helpers.routing import make_line, make_routing
 from vllm_scion.gateway import EVALUATION_HEADER, Gateway
+from vllm_scion.handover import Handover
 from vllm_scion.metrics import Metrics
 from vllm_scion.serving import Published, Serving
 
@@ -32,18 +33,25 @@ class World:
 
     routing: Routing
     resident: frozenset[int] = frozenset({11, 12})
-    builds: list[Callable[[], Any]] = field(default_factory=list)
+    submitted: list[Callable[[], Any]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names = {lora_id: f"secret-{lora_id}" for lora_id in self.resident}
         self.serving = Serving(Published(self.routing, self.resident, names))
         self.metrics = Metrics(CollectorRegistry())
-        self.gateway = Gateway(self.serving, self.metrics, "base", self.submit, FakeHasher())
+        self.handover = Handover(self.submit)
+        self.gateway = Gateway(self.serving, self.metrics, "base", self.handover, FakeHasher())
 
     def submit(self, build: Callable[[], Any]) -> bool:
-        self.builds.append(build)
+        self.submitted.append(build)
         return True
+
+    @property
+    def builds(self) -> list[Callable[[], Any]]:
+        """What was handed to the recorder, and what is on its way there."""
+        self.handover.flush()
+        return self.submitted
 
     def endpoint(self, respond: Callable[[str], Any], route: str = "chat", *, is_recorded: bool = True) -> Any:
         async def original(request: Any, raw_request: Request) -> Any:
@@ -170,7 +178,7 @@ async def test_what_is_recorded(body: dict[str, Any], headers: dict[str, str], i
 
 async def test_recording_can_be_off() -> None:
     world = one_version()
-    world.gateway.submit = None
+    world.gateway.handover = None
     await ask(world.endpoint(chat_answer), "chat")
     await drain(await ask(world.endpoint(chat_stream), "chat"))
     assert world.outcomes() == {("1", "ok"): 2.0}
