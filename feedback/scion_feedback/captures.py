@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +20,8 @@ from scion_adapters.clock import new_id
 from scion_adapters.database import Database
 from scion_adapters.errors import InvalidInputError, NotFoundError
 from scion_adapters.tables import completions
-from scion_feedback.votes import adopt_early_votes
+from scion_feedback.votes import adopt_early_votes, adopt_in
 
-_ROWS_PER_STATEMENT = 20  # binding parameters holds the interpreter's lock, which requests need as well
-_PAUSE_S = 0.0002
 _MAX_SHORT_TEXT = 255
 
 
@@ -94,15 +91,13 @@ class CompletionStore:
         if not records:
             return InsertResult(0, 0, 0)
         rows = [_row(record) for record in records]
-        new = 0
+        users = {record.id: record.user_hash for record in records if record.user_hash is not None}
         try:
             with self._database.write() as connection:
-                for start in range(0, len(rows), _ROWS_PER_STATEMENT):
-                    if start:
-                        time.sleep(_PAUSE_S)
-                    # Both drivers add up the rows of an executemany.
-                    new += connection.execute(self._insert, rows[start : start + _ROWS_PER_STATEMENT]).rowcount
+                new = connection.execute(self._insert, rows).rowcount  # both drivers add up those of an executemany
                 result = InsertResult(new, 0, 0) if new == len(rows) else _classify(connection, records, new)
+                if self._database.is_sqlite:
+                    adopt_in(connection, users)
         except (sa.exc.DataError, sa.exc.IntegrityError) as error:
             raise InvalidInputError(f"a completion cannot be stored: {error.orig}") from error
         except (ValueError, TypeError, OverflowError) as error:  # psycopg's own, while it writes JSON
@@ -111,7 +106,8 @@ class CompletionStore:
             if isinstance(error.orig, ValueError | TypeError | OverflowError):
                 raise InvalidInputError(f"a completion cannot be stored: {error.orig}") from error
             raise
-        adopt_early_votes(self._database, {r.id: r.user_hash for r in records if r.user_hash is not None})
+        if not self._database.is_sqlite:
+            adopt_early_votes(self._database, users)
         return result
 
     def get(self, completion_id: str) -> CompletionRecord:

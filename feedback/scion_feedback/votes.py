@@ -55,16 +55,23 @@ def adopt_early_votes(database: Database, users: Mapping[str, str]) -> None:
     with database.write() as connection:
         insert_ignore(connection, counters, [{"name": _COUNTER, "value": 0}])
         connection.execute(sa.select(counters.c.value).where(counters.c.name == _COUNTER).with_for_update())
-        orphans = connection.execute(
-            sa.select(feedback.c.id, feedback.c.completion_id, feedback.c.choice_index, feedback.c.name)
-            .where(feedback.c.completion_id.in_(list(users)), feedback.c.user_hash.is_(None))
-            .order_by(feedback.c.sequence)
-        ).all()
-        for row in orphans:
-            user = users[row.completion_id]
-            connection.execute(sa.update(feedback).where(feedback.c.id == row.id).values(user_hash=user))
-        for row in orphans:
-            _keep_last(connection, row.completion_id, row.choice_index, row.name, users[row.completion_id])
+        adopt_in(connection, users)
+
+
+def adopt_in(connection: sa.Connection, users: Mapping[str, str]) -> None:
+    """The same within a transaction that keeps votes out: on SQLite, the one that stores the completions."""
+    if not users:
+        return
+    orphans = connection.execute(
+        sa.select(feedback.c.id, feedback.c.completion_id, feedback.c.choice_index, feedback.c.name)
+        .where(feedback.c.completion_id.in_(list(users)), feedback.c.user_hash.is_(None))
+        .order_by(feedback.c.sequence)
+    ).all()
+    for row in orphans:
+        user = users[row.completion_id]
+        connection.execute(sa.update(feedback).where(feedback.c.id == row.id).values(user_hash=user))
+    for row in orphans:
+        _keep_last(connection, row.completion_id, row.choice_index, row.name, users[row.completion_id])
 
 
 def _keep_last(connection: sa.Connection, completion_id: str, choice_index: int, name: str, user: str) -> None:

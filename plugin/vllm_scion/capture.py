@@ -1,9 +1,9 @@
 """One answer to be recorded: references to what the request left behind, turned into a record by the recorder.
 
-On the event loop a `Capture` costs an object; parsing, hashing and normalising happen in `build`, off the request path.
-It can be pickled, and building it needs nothing of vLLM or FastAPI: the recorder may live in a process of its own.
-Recorded requests have one form for all routes: `messages` in the chat form or a `prompt`, and the other parameters as
-sent.
+On the event loop a `Capture` costs an object; parsing, hashing and normalising happen when it is called, off the
+request path. It can be pickled, and calling it needs nothing of vLLM or FastAPI: the recorder may live in a process of
+its own. Recorded requests have one form for all routes: `messages` in the chat form or a `prompt`, and the other
+parameters as sent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hashlib import sha256
 from typing import Any, Protocol
 
 from scion_adapters.clock import new_id
+from scion_adapters.records import VersionRef
 from scion_adapters.routing import Assignment
 from scion_feedback.captures import CompletionRecord
 from vllm_scion.answers import CANCELLED, read_answer
@@ -64,7 +65,28 @@ class Capture:
     hasher: Hasher
     record_id: str = field(default_factory=partial(new_id, "rec"))  # kept when the answer is handed over again
 
-    def build(self) -> CompletionRecord | None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One flat tuple: pickled on the event loop, where each nested object costs as much as all of these."""
+        ref, assignment = self.assignment.ref, self.assignment
+        return _unpickled, (
+            (ref.adapter, ref.number, assignment.lora_id, assignment.probability, assignment.rollout_id),
+            (
+                self.requested_model,
+                self.body,
+                self.conversation,
+                self.token_counts,
+                self.parts,
+                self.stream,
+                self.created_at,
+                self.latency_ms,
+                self.first_token_ms,
+                self.hasher,
+                self.record_id,
+            ),
+            self.route,
+        )
+
+    def __call__(self) -> CompletionRecord | None:
         """The record, or None when the client left before the answer had an id: then there is nothing to rate."""
         answer = read_answer(self.route, self.parts, stream=self.stream)
         if answer is None:
@@ -92,6 +114,11 @@ class Capture:
             stream=self.stream,
             created_at=self.created_at,
         )
+
+
+def _unpickled(assignment: tuple[Any, ...], rest: tuple[Any, ...], route: str) -> Capture:
+    adapter, number, *others = assignment
+    return Capture(route, Assignment(VersionRef(adapter, number), *others), *rest)
 
 
 def normal_request(route: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,20 +10,16 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-GATHER_S = 0.02
-AT_ONCE = 16
-"""Answers handed over before requests get their turn again: about half a millisecond."""
+GATHER_S = 0.05
+AT_ONCE = 8
+"""Answers handed over before requests get their turn again: some tenths of a millisecond."""
 
-Submit = Callable[[Callable[[], Any]], bool]
+Build = Callable[[], Any]
+"""Makes the record of one answer; can be pickled. A Capture is one."""
+Submit = Callable[[Build], bool]
 """scion_feedback.recorder.Recorder.submit: never blocks; false means lost, and counted there."""
-
-
-class Kept(Protocol):
-    """What `build` makes a record of."""
-
-    def build(self) -> Any: ...
 
 
 class Handover:
@@ -31,11 +27,11 @@ class Handover:
 
     def __init__(self, submit: Submit) -> None:
         self._submit = submit
-        self._waiting: deque[Callable[[], Kept]] = deque()
+        self._waiting: deque[Callable[[], Build]] = deque()
         self._is_due = False
 
-    def add(self, keep: Callable[[], Kept]) -> None:
-        """`keep` is called when its turn comes."""
+    def add(self, keep: Callable[[], Build]) -> None:
+        """`keep` is called when its turn comes, and what it returns is submitted."""
         self._waiting.append(keep)
         if self._is_due:
             return
@@ -61,7 +57,7 @@ class Handover:
 
     def _next(self) -> None:
         try:
-            build = self._waiting.popleft()().build
+            build = self._waiting.popleft()()
         except Exception as error:
             build = partial(_fail, repr(error))  # the recorder counts it
         self._submit(build)

@@ -42,7 +42,7 @@ def make_capture(body: dict[str, Any], answer: dict[str, Any] | None = None, **c
 
 def test_a_record_says_which_version_answered_and_how_it_was_drawn() -> None:
     body = {"model": "chat", "messages": [{"role": "user", "content": "Hello"}], "user": "ann", "temperature": 0.5}
-    record = make_capture(body, conversation="c1").build()
+    record = make_capture(body, conversation="c1")()
     assert record is not None
     assert (record.adapter, record.number, record.probability, record.rollout_id) == ("chat", 7, 0.1, "rollout-1")
     assert (record.user_hash, record.conversation, record.requested_model) == ("hash-of-ann", "c1", "chat")
@@ -51,15 +51,15 @@ def test_a_record_says_which_version_answered_and_how_it_was_drawn() -> None:
 
 
 def test_token_counts_come_from_the_wire_or_else_from_vllm() -> None:
-    counted = make_capture({"messages": []}, token_counts=(5, 2)).build()
+    counted = make_capture({"messages": []}, token_counts=(5, 2))()
     assert counted is not None
     assert (counted.prompt_tokens, counted.completion_tokens) == (5, 2)
 
 
 def test_a_capture_can_be_built_in_another_process() -> None:
     capture = make_capture({"messages": [{"role": "user", "content": "Hi"}], "user": "ann"})
-    copy = pickle.loads(pickle.dumps(capture.build))()
-    original = capture.build()
+    copy = pickle.loads(pickle.dumps(capture))()
+    original = capture()
     assert original is not None
     assert copy == original  # its record id too: an answer that is handed over twice is recorded once
 
@@ -78,14 +78,14 @@ def test_the_users_name_is_nowhere_in_the_record() -> None:
         "safety_identifier": "ann@example.org",
         "metadata": {"user_id": "ann@example.org", "tier": "gold"},
     }
-    record = make_capture(body).build()
+    record = make_capture(body)()
     assert record is not None
     assert record.request["metadata"] == {"tier": "gold"}
     assert "ann@example.org" not in json.dumps(record.request)
 
 
 def test_nothing_is_recorded_of_a_stream_that_had_no_id() -> None:
-    assert make_capture({"messages": []}, parts=[], stream=True).build() is None
+    assert make_capture({"messages": []}, parts=[], stream=True)() is None
 
 
 @pytest.mark.parametrize(

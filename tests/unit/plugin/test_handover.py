@@ -15,7 +15,7 @@ from vllm_scion.handover import AT_ONCE, Handover
 class Answer:
     number: int
 
-    def build(self) -> int:
+    def __call__(self) -> int:
         return self.number
 
 
