@@ -7,7 +7,9 @@ import os
 from scion_adapters.errors import InvalidInputError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
+_KEPT_KERNELS = "64"
+"""oneDNN's for shapes that it has seen. Its own 1,024 are a kernel for every length that a batch ever had: they took
+0.5 GiB of a reward run's 1.9, and with these it was 10% faster (2M base, 984 steps)."""
 
 _QUIET = {
     "TQDM_DISABLE": "1",  # a run shows one progress, its own
@@ -44,6 +46,7 @@ def bind_process(cores: str | None, threads: int | None) -> None:
     one that it may use, and on one where vLLM's worker spins Linux 6.18 let it wait for minutes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_KERNELS)
     if cores is not None and hasattr(os, "sched_setaffinity"):
         wanted = parse_cores(cores)
         allowed = os.sched_getaffinity(0)
