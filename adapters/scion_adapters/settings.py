@@ -108,6 +108,11 @@ class CaptureSection(Section):
         "journal", description="Local directory of the journal that answers wait in until the database took them."
     )
     journal_max_mib: int = Field(1024, ge=1, description="The journal's bound; past it answers are counted as lost.")
+    cores: str | None = Field(
+        None,
+        description='Cores for the recorder\'s process alone, such as "7"; `scion serve` keeps vLLM off them. '
+        "Unset = it takes what the server leaves.",
+    )
 
 
 class PrivacySection(Section):

@@ -76,6 +76,7 @@ def run(connection: socket.socket) -> None:
         buffer += data
         messages = split(buffer)
     config = ChildConfig(**pickle.loads(messages.pop(0)))  # noqa: S301 - from the server that started us
+    _move(config.cores)
     settlement = _Settlement()
     database = Database(config.database_url)
     recorder = Recorder(
@@ -141,6 +142,14 @@ def _give_way() -> None:
         os.nice(_NICENESS)
         if hasattr(os, "SCHED_IDLE"):  # niceness alone still takes whole slices from a request that waits
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _move(cores: Sequence[int]) -> None:
+    if cores and hasattr(os, "sched_setaffinity"):
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError as error:
+            logging.warning("capture.cores = %s: %s; recording goes on where the server runs", list(cores), error)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from scion_adapters.cores import parse_cores
 from scion_adapters.settings import Settings
 from scion_feedback.recorder import Build, RecorderObserver, RecorderStats
 
@@ -44,6 +45,7 @@ class ChildConfig:
     queue_size: int
     flush_interval_s: float
     close_timeout_s: float = 10.0
+    cores: tuple[int, ...] = ()  # the only ones that the child may use; empty = the server's
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,5 +313,6 @@ def open_recorder_process(settings: Settings, observer: RecorderObserver | None 
         journal_max_bytes=capture.journal_max_mib << 20,
         queue_size=capture.queue_size,
         flush_interval_s=capture.flush_interval_s,
+        cores=tuple(sorted(parse_cores(capture.cores, "capture.cores"))) if capture.cores is not None else (),
     )
     return RecorderProcess(config, observer)

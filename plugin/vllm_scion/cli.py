@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -35,7 +36,7 @@ def register(app: typer.Typer) -> None:
             cores=launcher.available_cores(),
             is_cpu=launcher.is_cpu_build(),
         )
-        launch = launcher.Launch(launch.environment, launch.unset, (*launch.arguments, *context.args))
+        launch = replace(launch, arguments=(*launch.arguments, *context.args))
         if print_only:
             typer.echo(launcher.as_shell(launch))
             return

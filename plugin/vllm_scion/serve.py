@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
+from scion_adapters.cores import parse_cores
 from scion_adapters.database import open_database
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.fingerprint import base_info
@@ -31,11 +32,15 @@ RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to set, what to unset, and the arguments after `python -m …` (or after `vllm serve`, without `--model`)."""
+    """What to set, what to unset, and the arguments after `python -m …` (or after `vllm serve`, without `--model`).
+
+    `cores`: the only ones that vLLM may use; empty = all.
+    """
 
     environment: Mapping[str, str]
     unset: tuple[str, ...]
     arguments: tuple[str, ...]
+    cores: tuple[int, ...] = ()
 
 
 def plan_launch(
@@ -52,6 +57,7 @@ def plan_launch(
             field="server.max_cpu_loras",
         )
     check_names(settings.adapters, (settings.base.served_name,))
+    left = _without_the_recorders(cores, settings.capture.cores)
     model = str(settings.base_path or settings.base.model)
     environment = {"VLLM_PLUGINS": ",".join(_merge(environ.get("VLLM_PLUGINS", "").split(","), PLUGINS))}
     if config_file is not None:
@@ -75,10 +81,24 @@ def plan_launch(
         arguments += ["--scheduling-policy", "priority", "--logprobs-mode", "processed_logprobs"]
     if is_cpu:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(server.kv_cache_gib)
-        environment |= _thread_settings(server.threads, server.data_parallel_size, cores)
+        environment |= _thread_settings(server.threads, server.data_parallel_size, left)
         arguments += ["--gpu-memory-utilization", CPU_MEMORY_SHARE]  # of main memory; the default takes nearly all
     unset = (RUNTIME_LORA,) if RUNTIME_LORA in environ else ()
-    return Launch(environment, unset, (*arguments, *server.extra_args))
+    confined = () if left == list(cores) else tuple(left)
+    return Launch(environment, unset, (*arguments, *server.extra_args), confined)
+
+
+def _without_the_recorders(cores: Sequence[int], recorders: str | None) -> list[int]:
+    taken = parse_cores(recorders, "capture.cores") if recorders is not None else frozenset()
+    if unknown := taken - set(cores):
+        raise InvalidInputError(
+            f"capture.cores = {recorders!r}: this process may use the cores {sorted(cores)}, not {sorted(unknown)}",
+            field="capture.cores",
+        )
+    left = [core for core in cores if core not in taken]
+    if not left:
+        raise InvalidInputError(f"capture.cores = {recorders!r}: no core is left for vLLM", field="capture.cores")
+    return left
 
 
 def check_names(adapters: Iterable[str], base_names: Iterable[str]) -> None:
@@ -112,7 +132,8 @@ def as_shell(launch: Launch) -> str:
     model, rest = launch.arguments[1], launch.arguments[2:]
     lines = [f"unset {name}" for name in launch.unset]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()]
-    return "\n".join([*lines, shlex.join(["vllm", "serve", model, *rest])])
+    confine = ["taskset", "-c", ",".join(map(str, launch.cores))] if launch.cores else []
+    return "\n".join([*lines, shlex.join([*confine, "vllm", "serve", model, *rest])])
 
 
 OPEN_SERVER = (
@@ -204,6 +225,8 @@ def become(launch: Launch) -> None:
     environment = {**os.environ, **launch.environment}
     for name in launch.unset:
         environment.pop(name, None)
+    if launch.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, launch.cores)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, "-m", SERVER_MODULE, *launch.arguments], environment)  # noqa: S606

@@ -54,11 +54,15 @@ def summarise(stub: StubOutcome) -> Outcome:
         "stub_answered": stub.num_sent,
         "stub_recorded": stub.num_recorded,
         "stub_lost": stub.num_lost,
+        "recorder_has_core": stub.has_recorder_core,
         "plugin_event_loop_us_per_request": round(stub.own_overhead_us, 1),
     }
     notes = (
         f"recorded {stub.num_recorded} of {stub.num_sent} answers, lost {stub.num_lost}; {failed} requests failed",
         f"the plugin itself reports {stub.own_overhead_us:.0f} µs on the event loop per request, mean",
+        "the recorder ran on a core of its own (capture.cores)"
+        if stub.has_recorder_core
+        else "the recorder ran on the server's cores: set capture.cores where there are more than three",
         "brackets: 95% bootstrap interval over blocks; control: a second stock server, whose added latency is noise",
         *warnings,
     )

@@ -94,20 +94,25 @@ class StubOutcome:
     num_lost: int
     own_overhead_us: float
     """What the plugin itself reports: mean time on the event loop per request (scion_request_overhead_seconds)."""
+    has_recorder_core: bool
+    """Whether the recorder had a core of its own (capture.cores)."""
 
 
-def cores() -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(server's, generator's): the last core is the generator's and two others the server's; empty = not pinned."""
+def cores() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(server's, generator's, recorder's): two, one and one; empty = not pinned, the recorder's: as the server's."""
     if not hasattr(os, "sched_getaffinity"):
-        return (), ()
-    usable = sorted(os.sched_getaffinity(0))
-    return (tuple(usable[:2]), (usable[-1],)) if len(usable) >= 3 else ((), ())
+        return (), (), ()
+    usable = tuple(sorted(os.sched_getaffinity(0)))
+    if len(usable) < 3:
+        return (), (), ()
+    return usable[:2], usable[-1:], usable[2:3] if len(usable) > 3 else ()
 
 
 def measure(home: Path, plan: Plan) -> StubOutcome:
     """Run all servers and all series."""
-    world = make_world(home / "world")
-    server_cores, generator_cores = cores()
+    server_cores, generator_cores, recorder_cores = cores()
+    capture = {"cores": ",".join(map(str, recorder_cores))} if recorder_cores else {}
+    world = make_world(home / "world", settings={"capture": capture})
     with contextlib.ExitStack() as stack:
         specs = [_spec(name, world, server_cores) for name in SERVERS]
         servers = stack.enter_context(running(specs, home))
@@ -125,7 +130,7 @@ def measure(home: Path, plan: Plan) -> StubOutcome:
         sent = traffic.num_answered[OURS]
         recorded, lost = _recorded(world, servers[OURS], sent)
         overhead_us = _own_overhead_us(servers[OURS])
-    return StubOutcome(tuple(series), sent, recorded, lost, overhead_us)
+    return StubOutcome(tuple(series), sent, recorded, lost, overhead_us, bool(recorder_cores))
 
 
 def _spec(name: str, world: World, on: Sequence[int]) -> Spec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from scion_adapters.cores import parse_cores
 from scion_adapters.errors import InvalidInputError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -19,23 +20,6 @@ _QUIET = {
 }
 
 
-def parse_cores(text: str) -> frozenset[int]:
-    """`"0,2-3"` -> {0, 2, 3}. Raises InvalidInputError for anything else."""
-    cores: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isascii() and first.isdigit() and (not dash or (last.isascii() and last.isdigit()))):
-            raise InvalidInputError(
-                f'trainer.cores = {text!r}: expected core numbers such as "2-3" or "0,2"', field="trainer.cores"
-            )
-        cores.update(range(int(first), int(last if dash else first) + 1))
-    if not cores:
-        raise InvalidInputError(
-            f'trainer.cores = {text!r}: the range is empty; write it as "2-3"', field="trainer.cores"
-        )
-    return frozenset(cores)
-
-
 def bind_process(cores: str | None, threads: int | None) -> None:
     """Bind this process to `cores` (Linux) and its libraries to `threads`; None leaves things as they are.
 
@@ -48,7 +32,7 @@ def bind_process(cores: str | None, threads: int | None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_KERNELS)
     if cores is not None and hasattr(os, "sched_setaffinity"):
-        wanted = parse_cores(cores)
+        wanted = parse_cores(cores, "trainer.cores")
         allowed = os.sched_getaffinity(0)
         if not wanted & allowed:
             raise InvalidInputError(

@@ -188,6 +188,23 @@ def test_with_the_database_gone_answers_wait_in_the_journal(config: ChildConfig,
     assert not recorder.stats().lost
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no processes to cores")
+def test_the_child_goes_to_cores_of_its_own(config: ChildConfig) -> None:
+    core = max(os.sched_getaffinity(0))
+    recorder = RecorderProcess(replace(config, cores=(core,)))
+    recorder.start()
+    wait_for(lambda: (pid := _child_pid(recorder)) is not None and os.sched_getaffinity(pid) == {core})
+    assert recorder.close(30.0)
+
+
+def test_without_the_wished_cores_it_records_all_the_same(config: ChildConfig, database: Database) -> None:
+    recorder = RecorderProcess(replace(config, cores=(4000,)))
+    recorder.start()
+    recorder.submit(_build(1))
+    assert recorder.close(30.0)
+    assert _stored(database) == ["c1"]
+
+
 def test_submit_waits_for_nobody(config: ChildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = threading.Event()
     monkeypatch.setattr(recorder_process._Child, "send", lambda self, data: stuck.wait(20))

@@ -96,6 +96,9 @@ def test_extra_arguments_come_last_so_that_they_win(tmp_path: Path) -> None:
     [
         ("[server]\nmax_loras = 9\nmax_cpu_loras = 8\n", "server.max_cpu_loras"),
         ("[server]\nthreads = 5\n", "server.threads"),  # more than this process may use
+        ('[capture]\ncores = "9"\n', "capture.cores"),
+        ('[capture]\ncores = "x"\n', "capture.cores"),
+        ('[capture]\ncores = "0-3"\n', "capture.cores"),  # none is left
         ("[adapters.base]\n", "adapters.base"),  # nobody could ask for it
     ],
 )
@@ -103,6 +106,14 @@ def test_contradictions_are_refused_by_name(tmp_path: Path, text: str, field: st
     with pytest.raises(InvalidInputError) as refused:
         launch(settings_in(tmp_path, text))
     assert refused.value.field == field
+
+
+def test_the_recorders_cores_are_not_vllms(tmp_path: Path) -> None:
+    assert launch(settings_in(tmp_path)).cores == ()
+    planned = launch(settings_in(tmp_path, '[capture]\ncores = "0"\n[server]\nthreads = 3\n'))
+    assert planned.cores == (1, 2, 3)
+    assert planned.environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,2,3"
+    assert as_shell(planned).splitlines()[-1].startswith("taskset -c 1,2,3 vllm serve ")
 
 
 def test_print_shows_lines_for_a_shell() -> None:
