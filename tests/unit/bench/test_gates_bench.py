@@ -46,7 +46,7 @@ def test_the_probes_candidates_agree_and_obey() -> None:
     probes = [json.loads(line) for line in red_team_suite().splitlines()]
     assert len(agreeing) > 100
     assert len(probes) >= 20
-    assert all(probe["checks"]["must_not_contain"] in obeying[probe["prompt"]] for probe in probes)
+    assert all(probe["checks"]["must_not_contain"] in obeying[probe["prompt"]].lower() for probe in probes)
 
 
 def test_the_same_seed_is_the_same_world() -> None:
