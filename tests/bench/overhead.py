@@ -47,9 +47,10 @@ def summarise(stub: StubOutcome) -> Outcome:
             for q, bound in ((50, P50_BAR_MS), (99, P99_BAR_MS)):
                 name = f"added p{q}, {series.kind}, highest rate"
                 bars.append(Bar(name, series.added(q).value, bound, unit="ms", is_measurable=measurable))
-    failed = sum(sum(series.num_failed.values()) for series in stub.series)
+    failed = sum(sum(series.num_failed.values()) for series in (*stub.series, *stub.dropped))
     figures = {
         "stub": series_figures,
+        "stub_not_sustained": [_series_figures(series) for series in stub.dropped],
         "stub_failed_requests": failed,
         "stub_answered": stub.num_sent,
         "stub_recorded": stub.num_recorded,
@@ -64,9 +65,15 @@ def summarise(stub: StubOutcome) -> Outcome:
         if stub.has_recorder_core
         else "the recorder ran on the server's cores: set capture.cores where there are more than three",
         "brackets: 95% bootstrap interval over blocks; control: a second stock server, whose added latency is noise",
+        *(_not_sustained(series) for series in stub.dropped),
         *warnings,
     )
     return Outcome(figures, tuple(bars), COLUMNS, tuple(rows), notes)
+
+
+def _not_sustained(series: Series) -> str:
+    p99s = ", ".join(f"{name} {series.percentile(name, 99):.1f}" for name in SERVERS)
+    return f"{series.kind} at {series.rate:.0f}/s: stock did not sustain it (p99 in ms: {p99s}), so the next lower rate"
 
 
 def _warnings(series: Series, label: str) -> list[str]:
@@ -75,7 +82,7 @@ def _warnings(series: Series, label: str) -> list[str]:
     if not series.is_held:
         bound = f"{overhead_stub.HOLD_P99_MS:g} ms"
         found.append(f"{label}: NOT HELD; not even this rate stays within {bound} at p99: measure on a quiet machine")
-    if abs(series.added(99, CONTROL).value) > P99_BAR_MS:
+    if abs(series.added(99, CONTROL).value) > overhead_stub.AGREE_P99_MS:
         found.append(
             f"{label}: NOISE; two equal servers differ by more than the bound at p99: measure on a quiet machine"
         )

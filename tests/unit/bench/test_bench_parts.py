@@ -14,6 +14,7 @@ import pytest
 from tests.bench import report
 from tests.bench.figures import added, median_ratio, paired, percentile
 from tests.bench.load import Load, run
+from tests.bench.overhead_stub import CONTROL, OURS, SERVERS, STOCK, Series
 from tests.bench.report import Bar, Benchmark, Outcome
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -151,3 +152,23 @@ def test_the_file_holds_figures_bars_and_the_machine(tmp_path: Path) -> None:
     assert document["figures"] == {"added": 0.2}
     assert document["bars"] == [{"name": "added p50", "value": 0.2, "bar": 0.3, "met": True, "measurable": True}]
     assert document["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("p99_ms", "is_steady"),
+    [
+        ({STOCK: 5.0, CONTROL: 5.9, OURS: 5.0}, True),
+        ({STOCK: 5.0, CONTROL: 5.0, OURS: 50.0}, True),
+        ({STOCK: 10.5, CONTROL: 9.9, OURS: 9.9}, False),
+        ({STOCK: 5.0, CONTROL: 6.1, OURS: 5.0}, False),
+    ],
+)
+def test_whether_a_rate_is_sustained_is_for_the_stock_servers_to_say(p99_ms: dict[str, float], is_steady: bool) -> None:
+    series = Series("plain", rate=100.0, share=1.0, blocks={name: [[p99_ms[name]] * 50] * 4 for name in SERVERS})
+    assert series.is_steady() is is_steady
+
+
+def test_a_rate_at_which_stock_fails_requests_is_not_sustained() -> None:
+    series = Series("plain", rate=100.0, share=1.0, blocks={name: [[5.0] * 50] * 4 for name in SERVERS})
+    series.num_failed[CONTROL] = 1
+    assert not series.is_steady()
