@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-import uuid
 from collections.abc import Callable
 
 Clock = Callable[[], float]
@@ -13,4 +13,4 @@ now: Clock = time.time
 
 def new_id(prefix: str) -> str:
     """A unique, sortable id such as `run-019a…`: the first 12 hex digits are the time in milliseconds."""
-    return f"{prefix}-{int(time.time() * 1000):012x}{uuid.uuid4().hex[:12]}"
+    return f"{prefix}-{int(time.time() * 1000):012x}{os.urandom(6).hex()}"

@@ -30,11 +30,11 @@ class UserHasher:
                 "remove the key file to have a new one made, or set a longer SCION_PRIVACY__HASH_KEY",
                 field="privacy.hash_key",
             )
-        self._key = key
+        self.key = key
 
     def hash(self, user: str) -> str:
         """32 hexadecimal digits that stand for `user`."""
-        return hmac.new(self._key, user.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+        return hmac.new(self.key, user.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
     def __repr__(self) -> str:
         return "UserHasher(…)"  # a key in a log would undo everything

@@ -112,6 +112,9 @@ class Recorder:
         self._queue.append(build)
         return True
 
+    def flush(self) -> None:
+        """Nothing to do: the writer thread takes what was submitted by itself."""
+
     def close(self, timeout_s: float = 10.0) -> bool:
         """Journal what is queued, then store what is journaled, within `timeout_s`. True: nothing waits any more.
 

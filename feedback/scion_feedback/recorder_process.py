@@ -2,8 +2,9 @@
 
 Parsing, journaling and storing an answer takes a fifth of the time that the API server itself spends on a request, and
 a thread that computes keeps the interpreter's lock from requests. Here a request pays for one `submit`, which pickles
-what it left behind and puts it into the child's socket (tens of microseconds). A thread sends only what the socket had
-no room for: one that sent everything would take the lock at each turn, and every request in between wait for it twice.
+what it left behind, and now and then for a `flush`, which puts what has come together into the child's socket. A thread
+sends only what the socket had no room for: one that sent everything would take the lock at each turn, and every request
+in between wait for it twice.
 Frames stay in memory until the child reports them journaled: a child that dies is replaced and gets them again. When
 the server dies, the child records what it was handed, and ends.
 """
@@ -96,8 +97,8 @@ class RecorderProcess:
         self._config = config
         self._observer = observer
         self._unsettled: deque[bytes] = deque()  # frames that were not reported yet, oldest first
-        self._unsent: deque[bytes] = deque()  # the end of them, from where the child's socket had no room
-        self._is_behind = True  # the thread is sending, or there is nobody to send to: new frames queue up behind
+        self._unsent: deque[bytes] = deque()  # the end of them, which the child's socket has not taken yet
+        self._is_behind = True  # the thread is sending, or there is nobody to send to: `flush` leaves it to the thread
         self._accepting = True
         self._stopping = False
         self._wake = threading.Event()
@@ -111,7 +112,10 @@ class RecorderProcess:
         self._thread.start()
 
     def submit(self, build: Build) -> bool:
-        """Hand over one answer, or queue it; returns at once. False: it was lost, and counted."""
+        """Take one answer; returns at once. It leaves with the next `flush`, or within a second.
+
+        False: it was lost, and counted.
+        """
         if not self._accepting:
             self._lose("closed")
             return False
@@ -125,12 +129,21 @@ class RecorderProcess:
             return False
         with self._mutex:
             self._unsettled.append(data)
-            num_sent = 0 if self._is_behind or self._child is None else self._child.send_now(data)
+            self._unsent.append(data)
+        return True
+
+    def flush(self) -> None:
+        """Send what was submitted, without waiting; what there is no room for is left to the thread."""
+        with self._mutex:
+            if self._is_behind or self._child is None or not self._unsent:
+                return
+            data = b"".join(self._unsent)
+            self._unsent.clear()
+            num_sent = self._child.send_now(data)
             if num_sent < len(data):
                 self._is_behind = True
                 self._unsent.append(data[num_sent:])
                 self._wake.set()
-        return True
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """Hand over what is queued and wait until it is stored. True: nothing waits any more.
@@ -196,7 +209,7 @@ class RecorderProcess:
                 return
 
     def _look_after(self, child: _Child) -> None:
-        """Until stopped: send what `submit` could not. Raises OSError when the child is gone."""
+        """Until stopped: send what `flush` could not, or was not told to. Raises OSError when the child is gone."""
         while True:
             self._wake.clear()
             is_last = self._stopping
@@ -215,6 +228,7 @@ class RecorderProcess:
                 if not self._unsent:
                     self._is_behind = False
                     return
+                self._is_behind = True
                 data = b"".join(self._unsent)
                 self._unsent.clear()
             child.send(data)

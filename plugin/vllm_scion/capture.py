@@ -8,18 +8,18 @@ parameters as sent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any
 
-from scion_adapters.clock import new_id
 from scion_adapters.records import VersionRef
 from scion_adapters.routing import Assignment
 from scion_feedback.captures import CompletionRecord
+from scion_feedback.privacy import UserHasher
 from vllm_scion.answers import CANCELLED, read_answer
-from vllm_scion.subject import user_of
+from vllm_scion.subject import CONVERSATION_HEADER, conversation_of, user_of
 
 _NOT_RECORDED = frozenset(
     {
@@ -38,23 +38,19 @@ _NOT_RECORDED = frozenset(
 _LONG_DATA_URL = 256
 
 
-class Hasher(Protocol):
-    """The keyed hash that stands for a user (scion_feedback.privacy)."""
-
-    def hash(self, user: str) -> str: ...
-
-
 @dataclass(slots=True)
 class Capture:
-    """What is kept of an answer until it is recorded. `parts` is the body, or the list of chunks that were sent.
+    """What is kept of an answer until it is recorded.
 
-    `token_counts` are (prompt, completion) as vLLM counted, for streams that do not carry them.
+    `body`: the request's, as it was sent; `parts`: the answer's, or the list of chunks that were sent. `token_counts`:
+    (prompt, completion) as vLLM counted, for streams that do not carry them. `conversation`: what the header says.
+    `hash_key`: of the keyed hash that stands for a user. `record_id` is kept when an answer is handed over again.
     """
 
     route: str
     assignment: Assignment
     requested_model: str
-    body: Mapping[str, Any]
+    body: bytes
     conversation: str | None
     token_counts: tuple[int | None, int | None]
     parts: bytes | Sequence[str | bytes]
@@ -62,11 +58,11 @@ class Capture:
     created_at: float
     latency_ms: float
     first_token_ms: float | None
-    hasher: Hasher
-    record_id: str = field(default_factory=partial(new_id, "rec"))  # kept when the answer is handed over again
+    hash_key: bytes = field(repr=False)
+    record_id: str
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """One flat tuple: pickled on the event loop, where each nested object costs as much as all of these."""
+        """A flat tuple of plain values: pickled on the event loop, where each object costs as much as all of these."""
         ref, assignment = self.assignment.ref, self.assignment
         return _unpickled, (
             (ref.adapter, ref.number, assignment.lora_id, assignment.probability, assignment.rollout_id),
@@ -80,7 +76,7 @@ class Capture:
                 self.created_at,
                 self.latency_ms,
                 self.first_token_ms,
-                self.hasher,
+                self.hash_key,
                 self.record_id,
             ),
             self.route,
@@ -92,7 +88,9 @@ class Capture:
         if answer is None:
             return None
         prompt_tokens, completion_tokens = self.token_counts
-        user = user_of(self.body)
+        body: dict[str, Any] = json.loads(self.body)
+        user = user_of(body)
+        conversation = conversation_of(body, {CONVERSATION_HEADER: self.conversation or ""})
         return CompletionRecord(
             id=answer.id[:255],
             record_id=self.record_id,
@@ -102,9 +100,9 @@ class Capture:
             rollout_id=self.assignment.rollout_id,
             requested_model=self.requested_model[:255],
             route=self.route,
-            user_hash=self.hasher.hash(user) if user else None,
-            conversation=self.conversation[:255] if self.conversation else None,
-            request=normal_request(self.route, self.body),
+            user_hash=UserHasher(self.hash_key).hash(user) if user else None,
+            conversation=conversation[:255] if conversation else None,
+            request=normal_request(self.route, body),
             choices=answer.choices,
             prompt_tokens=_first(answer.prompt_tokens, prompt_tokens),
             completion_tokens=_first(answer.completion_tokens, completion_tokens),

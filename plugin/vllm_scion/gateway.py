@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from scion_adapters.clock import new_id
 from scion_adapters.errors import NotFoundError, UnavailableError
 from scion_adapters.routing import Assignment, assign
-from vllm_scion.capture import Capture, Hasher
+from vllm_scion.capture import Capture
 from vllm_scion.errors_http import explain, unavailable_response
 from vllm_scion.handover import Handover
 from vllm_scion.metrics import Metrics, shown_as
 from vllm_scion.private_vllm import is_client_error, token_counts
 from vllm_scion.serving import Flight, Serving
-from vllm_scion.subject import conversation_of, subject_of
+from vllm_scion.subject import CONVERSATION_HEADER, subject_of
 
 EVALUATION_HEADER = "x-scion-evaluation"
 
 Endpoint = Callable[[Any, Request], Coroutine[Any, Any, Any]]
+
+
+def _record_ids() -> Iterator[str]:
+    """Unique ones, without a system call for each."""
+    return map(f"{new_id('rec')}-{{}}".format, itertools.count())
 
 
 @dataclass(slots=True)
@@ -40,7 +47,8 @@ class Gateway:
     metrics: Metrics
     base_name: str = ""
     handover: Handover | None = None  # None: nothing is recorded
-    hasher: Hasher | None = None
+    hash_key: bytes = field(default=b"", repr=False)
+    record_ids: Iterator[str] = field(default_factory=_record_ids, repr=False)
 
     def wrap(self, original: Endpoint, route: str, *, is_recorded: bool = True) -> Endpoint:
         """`original` behind routing and, if `is_recorded`, recording. `route` is its name in records and metrics."""
@@ -71,7 +79,7 @@ class Gateway:
                 return await original(request, raw_request)
             call = _Call(self, route, assignment, model, started)
             if is_recorded and evaluation_key is None and self.handover is not None and body.get("store") is not False:
-                call.keep(body, raw_request)
+                call.keep(await raw_request.body(), raw_request)
             lora_id = assignment.lora_id
             if lora_id is None:
                 request.model = self.base_name
@@ -116,11 +124,11 @@ class _Call:
         self._assignment = assignment
         self._model = model
         self._started = started
-        self._body: Mapping[str, Any] | None = None
+        self._body: bytes | None = None
         self._request: Request | None = None
         self.flight: Flight | None = None
 
-    def keep(self, body: Mapping[str, Any], request: Request) -> None:
+    def keep(self, body: bytes, request: Request) -> None:
         """This answer is to be recorded."""
         self._body = body
         self._request = request
@@ -170,23 +178,22 @@ class _Call:
             handover.add(functools.partial(self._capture, parts, first_at, time.perf_counter(), is_stream=is_stream))
 
     def _capture(self, parts: Any, first_at: float | None, ended_at: float, *, is_stream: bool) -> Capture:
-        hasher = self._gateway.hasher
         assert self._body is not None
         assert self._request is not None
-        assert hasher is not None
         return Capture(
             route=self._route,
             assignment=self._assignment,
             requested_model=self._model,
             body=self._body,
-            conversation=conversation_of(self._body, self._request.headers),
+            conversation=self._request.headers.get(CONVERSATION_HEADER),
             token_counts=token_counts(self._request),
             parts=parts,
             stream=is_stream,
             created_at=self._created_at,
             latency_ms=(ended_at - self._started) * 1e3,
             first_token_ms=None if first_at is None else (first_at - self._started) * 1e3,
-            hasher=hasher,
+            hash_key=self._gateway.hash_key,
+            record_id=next(self._gateway.record_ids),
         )
 
     def _count(self, outcome: str) -> None:

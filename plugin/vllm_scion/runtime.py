@@ -46,6 +46,7 @@ class Recorder(Protocol):
 
     def start(self) -> None: ...
     def submit(self, build: Callable[[], CompletionRecord | None]) -> bool: ...
+    def flush(self) -> None: ...
     def stats(self) -> RecorderStats: ...
     def close(self, timeout_s: float = ...) -> bool: ...
 
@@ -96,9 +97,7 @@ class Runtime:
     async def close(self) -> None:
         """Leave the ledger, bring what is recorded to disk, let go of the database."""
         await self.background.close()
-        handover, self.gateway.handover = self.gateway.handover, None
-        if handover is not None:
-            handover.flush()
+        self.gateway.handover = None
         if not await asyncio.to_thread(self.recorder.close, CLOSE_TIMEOUT_S):
             logger.warning(
                 "some answers stay in the journal %s; the next server stores them", self.settings.capture.journal
@@ -167,8 +166,8 @@ async def open_runtime(
     background = _make_background(settings, gateway, gatekeeper, engine, opened, loading)
     opened.recorder.start()
     gateway.base_name = engine.base_names[0]
-    gateway.hasher = opened.hasher
-    gateway.handover = Handover(opened.recorder.submit) if settings.capture.enabled else None
+    gateway.hash_key = opened.hasher.key
+    gateway.handover = Handover(opened.recorder) if settings.capture.enabled else None
     feedback = FeedbackStore(opened.registry.database, opened.hasher, now)
     runtime = Runtime(
         settings=settings,

@@ -123,8 +123,8 @@ recorder = RecorderProcess(ChildConfig(sys.argv[1], sys.argv[2], 1 << 24, 10_000
 recorder.start()
 for number in range(100):
     recorder.submit(partial(record, f"c{number}"))
-while recorder._is_behind:
-    pass
+while recorder._is_behind or recorder._unsent:
+    recorder.flush()
 print(recorder._child.process.pid, flush=True)
 sys.stdin.read()
 """
@@ -214,6 +214,58 @@ def test_submit_waits_for_nobody(config: ChildConfig, monkeypatch: pytest.Monkey
     assert accepted == [True] * 50 + [False] * 50
     stuck.set()
     recorder.close(30.0)
+
+
+def test_a_flush_does_not_break_into_what_the_thread_sends(
+    config: ChildConfig, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_process, "_LOOK_INTERVAL_S", 0.01)
+    recorder = RecorderProcess(config)
+    recorder.start()
+    wait_for(lambda: not recorder._is_behind)
+    begun, go_on = threading.Event(), threading.Event()
+    send = recorder_process._Child.send
+
+    def slow(child: recorder_process._Child, data: bytes) -> None:
+        child.socket.sendall(data[:10])
+        begun.set()
+        assert go_on.wait(20)
+        send(child, data[10:])
+
+    monkeypatch.setattr(recorder_process._Child, "send", slow)
+    recorder.submit(_build(1))
+    assert begun.wait(20)
+    monkeypatch.setattr(recorder_process._Child, "send", send)
+    recorder.submit(_build(2))
+    recorder.flush()
+    go_on.set()
+    assert recorder.close(30.0)
+    assert _stored(database) == ["c1", "c2"]
+
+
+def test_what_the_socket_has_no_room_for_follows(
+    config: ChildConfig, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_process, "_SEND_BUFFER_BYTES", 4096)
+    recorder = RecorderProcess(config)
+    recorder.start()
+    wait_for(lambda: not recorder._is_behind)
+    for number in range(500):
+        assert recorder.submit(partial(record, f"c{number}", request={"prompt": "x" * 3000}))
+        if number % 5 == 0:
+            recorder.flush()
+    assert recorder.close(30.0)
+    assert _stored(database) == [f"c{n}" for n in range(500)]
+    assert recorder.stats().conflicting == 0
+
+
+def test_without_a_flush_answers_leave_within_a_second(config: ChildConfig, database: Database) -> None:
+    recorder = RecorderProcess(config)
+    recorder.start()
+    wait_for(lambda: not recorder._is_behind)
+    recorder.submit(_build(1))
+    wait_for(lambda: _stored(database) == ["c1"])
+    assert recorder.close(30.0)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,10 @@ import pytest
 
 from scion_adapters.records import VersionRef
 from scion_adapters.routing import Assignment
+from scion_feedback.privacy import UserHasher
 from vllm_scion.capture import Capture, normal_request
 
-
-class FakeHasher:
-    def hash(self, user: str) -> str:
-        return f"hash-of-{user}"
+KEY = b"a key of more than sixteen bytes"
 
 
 def make_capture(body: dict[str, Any], answer: dict[str, Any] | None = None, **changes: Any) -> Capture:
@@ -27,7 +25,7 @@ def make_capture(body: dict[str, Any], answer: dict[str, Any] | None = None, **c
         "route": "chat",
         "assignment": Assignment(VersionRef("chat", 7), 12, 0.1, "rollout-1"),
         "requested_model": "chat",
-        "body": body,
+        "body": json.dumps(body).encode(),
         "conversation": None,
         "token_counts": (None, None),
         "parts": json.dumps(answer).encode(),
@@ -35,7 +33,8 @@ def make_capture(body: dict[str, Any], answer: dict[str, Any] | None = None, **c
         "created_at": 1000.0,
         "latency_ms": 12.5,
         "first_token_ms": None,
-        "hasher": FakeHasher(),
+        "hash_key": KEY,
+        "record_id": "rec-1",
     }
     return Capture(**{**values, **changes})
 
@@ -45,9 +44,29 @@ def test_a_record_says_which_version_answered_and_how_it_was_drawn() -> None:
     record = make_capture(body, conversation="c1")()
     assert record is not None
     assert (record.adapter, record.number, record.probability, record.rollout_id) == ("chat", 7, 0.1, "rollout-1")
-    assert (record.user_hash, record.conversation, record.requested_model) == ("hash-of-ann", "c1", "chat")
+    assert (record.user_hash, record.conversation, record.requested_model) == (
+        UserHasher(KEY).hash("ann"),
+        "c1",
+        "chat",
+    )
     assert record.request == {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.5}
     assert (record.finish_reason, record.latency_ms, record.created_at) == ("stop", 12.5, 1000.0)
+
+
+def test_the_conversation_is_the_bodys_before_the_headers() -> None:
+    named = {"messages": [], "metadata": {"conversation_id": "of the body"}}
+    for body, header, conversation in (
+        (named, "c1", "of the body"),
+        ({"messages": []}, "c1", "c1"),
+        (named, None, "of the body"),
+    ):
+        record = make_capture(body, conversation=header)()
+        assert record is not None
+        assert record.conversation == conversation
+
+
+def test_the_key_of_the_users_hash_is_in_no_log() -> None:
+    assert KEY.decode() not in repr(make_capture({}))
 
 
 def test_token_counts_come_from_the_wire_or_else_from_vllm() -> None:

@@ -15,16 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
 from scion_adapters.routing import Routing, bucket
+from scion_feedback.privacy import UserHasher
 from tests.helpers.routing import make_line, make_routing
 from vllm_scion.gateway import EVALUATION_HEADER, Gateway
 from vllm_scion.handover import Handover
 from vllm_scion.metrics import Metrics
 from vllm_scion.serving import Published, Serving
 
-
-class FakeHasher:
-    def hash(self, user: str) -> str:
-        return f"hash-of-{user}"
+KEY = b"a key of more than sixteen bytes"
 
 
 @dataclass
@@ -33,25 +31,21 @@ class World:
 
     routing: Routing
     resident: frozenset[int] = frozenset({11, 12})
-    submitted: list[Callable[[], Any]] = field(default_factory=list)
+    builds: list[Callable[[], Any]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names = {lora_id: f"secret-{lora_id}" for lora_id in self.resident}
         self.serving = Serving(Published(self.routing, self.resident, names))
         self.metrics = Metrics(CollectorRegistry())
-        self.handover = Handover(self.submit)
-        self.gateway = Gateway(self.serving, self.metrics, "base", self.handover, FakeHasher())
+        self.gateway = Gateway(self.serving, self.metrics, "base", Handover(self), KEY)
 
     def submit(self, build: Callable[[], Any]) -> bool:
-        self.submitted.append(build)
+        self.builds.append(build)
         return True
 
-    @property
-    def builds(self) -> list[Callable[[], Any]]:
-        """What was handed to the recorder, and what is on its way there."""
-        self.handover.flush()
-        return self.submitted
+    def flush(self) -> None:
+        pass
 
     def endpoint(self, respond: Callable[[str], Any], route: str = "chat", *, is_recorded: bool = True) -> Any:
         async def original(request: Any, raw_request: Request) -> Any:
@@ -141,7 +135,7 @@ async def test_an_answer_is_recorded_after_it_left_with_its_version() -> None:
     (build,) = world.builds
     record = build()
     assert (record.adapter, record.number, record.probability) == ("chat", 1, 1.0)
-    assert (record.user_hash, record.conversation, record.stream) == ("hash-of-ann", "c1", False)
+    assert (record.user_hash, record.conversation, record.stream) == (UserHasher(KEY).hash("ann"), "c1", False)
     assert world.outcomes() == {("1", "ok"): 1.0}
 
 

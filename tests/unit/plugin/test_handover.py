@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from tests.helpers.waiting import until
-from vllm_scion.handover import AT_ONCE, Handover
+from vllm_scion.handover import Handover
 
 
 @dataclass
@@ -19,50 +18,35 @@ class Answer:
         return self.number
 
 
+@dataclass
 class Recorder:
-    def __init__(self) -> None:
-        self.builds: list[Callable[[], Any]] = []
+    builds: list[Callable[[], Any]] = field(default_factory=list)
+    flushed: list[int] = field(default_factory=list)
 
     def submit(self, build: Callable[[], Any]) -> bool:
         self.builds.append(build)
         return True
 
-    @property
-    def numbers(self) -> list[int]:
-        return [build() for build in self.builds]
+    def flush(self) -> None:
+        self.flushed.append(len(self.builds))
 
 
-async def test_answers_are_gathered_and_handed_over_in_order() -> None:
+async def test_answers_are_submitted_at_once_and_flushed_together() -> None:
     recorder = Recorder()
-    handover = Handover(recorder.submit)
+    handover = Handover(recorder)
     for number in range(3):
         handover.add(lambda number=number: Answer(number))  # type: ignore[misc]
-    await asyncio.sleep(0)
-    assert recorder.numbers == [], "not between two requests"
-    await until(lambda: recorder.numbers == [0, 1, 2])
+    assert [build() for build in recorder.builds] == [0, 1, 2]
+    assert not recorder.flushed, "a request does not wait for it"
+    await until(lambda: recorder.flushed == [3])
     handover.add(lambda: Answer(3))
-    await until(lambda: recorder.numbers == [0, 1, 2, 3])
-
-
-async def test_requests_get_their_turn_in_between() -> None:
-    recorder = Recorder()
-    handover = Handover(recorder.submit)
-    for number in range(3 * AT_ONCE):
-        handover.add(lambda number=number: Answer(number))  # type: ignore[misc]
-    seen: list[int] = []
-
-    def look() -> bool:
-        seen.append(len(recorder.builds))
-        return seen[-1] == 3 * AT_ONCE
-
-    await until(look, poll_s=0.0)
-    assert {AT_ONCE, 2 * AT_ONCE} <= set(seen)
+    await until(lambda: recorder.flushed == [3, 4])
 
 
 def test_without_a_loop_nothing_waits() -> None:
     recorder = Recorder()
-    Handover(recorder.submit).add(lambda: Answer(1))
-    assert recorder.numbers == [1]
+    Handover(recorder).add(lambda: Answer(1))
+    assert recorder.flushed == [1]
 
 
 def test_what_cannot_be_kept_is_told_to_the_recorder_and_the_rest_follows() -> None:
@@ -70,7 +54,7 @@ def test_what_cannot_be_kept_is_told_to_the_recorder_and_the_rest_follows() -> N
         raise KeyError("no such header")
 
     recorder = Recorder()
-    handover = Handover(recorder.submit)
+    handover = Handover(recorder)
     handover.add(broken)
     handover.add(lambda: Answer(2))
     first, second = recorder.builds
