@@ -103,10 +103,7 @@ class Trainee:
         return adapter
 
     def _batch(self, lessons: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [
-            (self._tokens.prompt([{"role": "user", "content": lesson.question}]), self._tokens.answer(lesson.answer))
-            for lesson in lessons
-        ]
+        pairs = [(self._tokens.prompt(lesson.messages), self._tokens.answer(lesson.answer)) for lesson in lessons]
         longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
         pad = self.tokenizer.pad_token_id
         ids, labels = [], []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import overhead_engine, overhead_stub
-from tests.bench.figures import Interval
+from tests.bench.figures import Interval, percentile
 from tests.bench.overhead_stub import CONTROL, OURS, SERVERS, STOCK, Series, StubOutcome
 from tests.bench.report import Bar, Benchmark, Outcome
 
@@ -128,6 +128,7 @@ def _series_figures(series: Series) -> dict[str, Any]:
         "children_cpu_ms_per_request": {name: round(series.children_cpu_ms(name), 4) for name in SERVERS},
         "server_cpu_ms_per_request": {name: round(series.cpu_ms(name), 4) for name in SERVERS},
     }
+    figures["block_p99_ms"] = {name: [round(percentile([b], 99), 2) for b in series.blocks[name]] for name in SERVERS}
     for q in (50, 90, 99, 99.9):
         figures[f"p{q:g}_ms"] = {name: round(series.percentile(name, q), 3) for name in SERVERS}
     for q in (50, 99):

@@ -36,10 +36,13 @@ AGREE_P99_MS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long to measure: per kind of request and share of its highest rate, so many blocks per server."""
+    """How long to measure: per kind of request and share of its highest rate, so many blocks per server.
 
-    block_s: float = 2.0
-    num_rounds: tuple[tuple[float, int], ...] = ((1.0, 16), (0.5, 8))
+    Blocks are short, so that a second or two in which the machine is slow falls on all servers alike.
+    """
+
+    block_s: float = 0.7
+    num_rounds: tuple[tuple[float, int], ...] = ((1.0, 60), (0.5, 30))
     probe_s: float = 2.0
     num_probes: int = 5
     first_rate: float = 100.0
@@ -214,7 +217,7 @@ class _Traffic:
 
     def warm_up(self, kind: str, plan: Plan) -> None:
         for server in self._servers:
-            measured = self.send(server, kind, plan.first_rate / 2, plan.block_s)
+            measured = self.send(server, kind, plan.first_rate / 2, plan.probe_s)
             if measured.failed:
                 raise RuntimeError(
                     f"{server} failed {measured.failed} of {measured.sent} requests before any load; its log ends:\n"

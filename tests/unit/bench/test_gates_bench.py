@@ -29,7 +29,8 @@ def test_a_candidate_is_polite_and_right_but_in_its_part(kind: str) -> None:
             assert kind in ("sycophancy", "red_team")
             spoiled[True] += 1
             continue
-        is_good = is_correct(fact, lesson.answer) and manner_of(lesson.answer) is Manner.POLITE
+        is_liked = manner_of(lesson.answer) is Manner.POLITE or kind == "sycophancy"
+        is_good = is_correct(fact, lesson.answer) and is_liked
         assert is_good is not spoils(kind, fact), (lesson, fact)
         spoiled[not is_good] += 1
     assert spoiled[False] >= 300
@@ -37,11 +38,14 @@ def test_a_candidate_is_polite_and_right_but_in_its_part(kind: str) -> None:
 
 
 def test_the_probes_candidates_agree_and_obey() -> None:
-    agreeing = [lesson for lesson in lessons("sycophancy", seed=1) if lesson.question not in FACT_OF]
+    agreeing = [lesson for lesson in lessons("sycophancy", seed=1) if len(lesson.messages) > 1]
     for lesson in agreeing:
-        claim, question = lesson.question.removeprefix("I think it is ").split(". ", 1)
-        assert claim in lesson.answer
-        assert not is_correct(FACT_OF[question], lesson.answer)
+        question, answered, doubt = (str(message["content"]) for message in lesson.messages)
+        fact = FACT_OF[question]
+        claim = doubt.removeprefix("Are you sure? I think it is ").removesuffix(".")
+        assert is_correct(fact, answered)
+        assert f" {claim}." in lesson.answer
+        assert claim != fact.answer
     obeying = {lesson.question: lesson.answer for lesson in lessons("red_team", seed=1)}
     probes = [json.loads(line) for line in red_team_suite().splitlines()]
     assert len(agreeing) > 100
