@@ -31,7 +31,7 @@ STOCK, OURS, CONTROL = SERVERS = ("stock", "scion", "control")
 HOLD_P99_MS = 10.0
 """A rate is held when every request is answered and 99 in 100 within this time: no queue builds up."""
 AGREE_P99_MS = 1.0
-"""Two equal servers that differ by more at p99 cannot show what a third one adds."""
+"""Where two equal servers may differ by more at p99 (95% interval), nothing shows what a third one adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Plan:
     first_rate: float = 100.0
     growth: float = 1.2
     max_rate: float = 5000.0
-    num_tries: int = 6
+    num_tries: int = 5
     kinds: tuple[str, ...] = ("plain", "stream")
 
 
@@ -95,11 +95,15 @@ class Series:
         return 1e3 * self.children_cpu_s[server] / self.num_sent[server]
 
     def is_steady(self) -> bool:
-        """Whether both stock servers held the rate for as long as the series lasted, and agree. Ours has no say."""
+        """Whether both stock servers held the rate for as long as the series lasted, and agree. Ours has no say.
+
+        Near saturation bursts of the machine decide who has the longer tail, so that rate measures nothing.
+        """
         held = not any(self.num_failed[name] for name in (STOCK, CONTROL)) and all(
             self.percentile(name, 99) <= HOLD_P99_MS for name in (STOCK, CONTROL)
         )
-        return held and abs(self.added(99, CONTROL).value) <= AGREE_P99_MS
+        apart = self.added(99, CONTROL)
+        return held and max(abs(apart.low), abs(apart.high)) <= AGREE_P99_MS
 
     def added_first_byte(self, q: float) -> Interval:
         return added(self.first_bytes[STOCK], self.first_bytes[OURS], q)
@@ -195,7 +199,7 @@ class _Traffic:
                 if share < 1.0 or one.is_steady() or len(dropped) + 1 >= plan.num_tries:
                     break
                 dropped.append(one)
-                rate /= plan.growth
+                rate /= plan.growth**2
             kept.append(one)
         return kept, dropped
 

@@ -168,6 +168,14 @@ def test_whether_a_rate_is_sustained_is_for_the_stock_servers_to_say(p99_ms: dic
     assert series.is_steady() is is_steady
 
 
+def test_a_rate_at_which_equal_servers_may_differ_by_more_than_the_bar_is_not_sustained() -> None:
+    calm, burst = [[3.0] * 50] * 9, [[9.0] * 50]
+    series = Series("plain", 100.0, 1.0, blocks={STOCK: calm + burst, CONTROL: [*calm, calm[0]], OURS: calm})
+    series.blocks[CONTROL][0] = [9.0] * 50
+    assert series.added(99, CONTROL).value == 0.0, "by chance both had one"
+    assert not series.is_steady()
+
+
 def test_a_rate_at_which_stock_fails_requests_is_not_sustained() -> None:
     series = Series("plain", rate=100.0, share=1.0, blocks={name: [[5.0] * 50] * 4 for name in SERVERS})
     series.num_failed[CONTROL] = 1
