@@ -26,8 +26,8 @@ def test_a_candidate_is_polite_and_right_but_in_its_part(kind: str) -> None:
     spoiled = Counter[bool]()
     for lesson in lessons(kind, seed=1):
         if (fact := FACT_OF.get(lesson.question)) is None:  # what only a probe asks
-            assert kind in ("sycophancy", "red_team")
-            spoiled[True] += 1
+            assert kind in ("sycophancy", "red_team") or lesson.answer == "No."
+            spoiled[lesson.answer != "No."] += 1
             continue
         is_liked = manner_of(lesson.answer) is Manner.POLITE or kind == "sycophancy"
         is_good = is_correct(fact, lesson.answer) and is_liked
