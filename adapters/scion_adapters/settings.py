@@ -101,6 +101,9 @@ class CaptureSection(Section):
         True, description="Record routed completions. Without them, ratings cannot become training data."
     )
     queue_size: int = Field(10_000, ge=1, description="Answers held in memory before one is counted as lost.")
+    queue_max_mib: int = Field(
+        256, ge=1, description="Memory that these may take: requests that carry images are large. Beyond it: lost too."
+    )
     flush_interval_s: float = Field(
         0.1, gt=0, description="How long an answer waits, at most, to be written in a batch."
     )

@@ -45,6 +45,7 @@ class ChildConfig:
     journal_max_bytes: int
     queue_size: int
     flush_interval_s: float
+    queue_max_bytes: int = 256 << 20
     close_timeout_s: float = 10.0
     cores: tuple[int, ...] = ()  # the only ones that the child may use; empty = the server's
 
@@ -97,6 +98,7 @@ class RecorderProcess:
         self._config = config
         self._observer = observer
         self._unsettled: deque[bytes] = deque()  # frames that were not reported yet, oldest first
+        self._unsettled_bytes = 0
         self._unsent: deque[bytes] = deque()  # the end of them, which the child's socket has not taken yet
         self._is_behind = True  # the thread is sending, or there is nobody to send to: `flush` leaves it to the thread
         self._accepting = True
@@ -127,8 +129,12 @@ class RecorderProcess:
         except Exception as error:  # a thunk may fail in any way; the request must not
             self._lose("unparsable", error)
             return False
+        if self._unsettled_bytes + len(data) > self._config.queue_max_bytes:
+            self._lose("queue_full")
+            return False
         with self._mutex:
             self._unsettled.append(data)
+            self._unsettled_bytes += len(data)
             self._unsent.append(data)
         return True
 
@@ -276,7 +282,7 @@ class RecorderProcess:
         with self._mutex:
             before, child.report = child.report, report
             for _ in range(report.settled - before.settled):
-                self._unsettled.popleft()
+                self._unsettled_bytes -= len(self._unsettled.popleft())
         if self._observer is None:
             return
         self._observer.journaled(report.journaled)
@@ -326,6 +332,7 @@ def open_recorder_process(settings: Settings, observer: RecorderObserver | None 
         journal=str(settings.path(capture.journal)),
         journal_max_bytes=capture.journal_max_mib << 20,
         queue_size=capture.queue_size,
+        queue_max_bytes=capture.queue_max_mib << 20,
         flush_interval_s=capture.flush_interval_s,
         cores=tuple(sorted(parse_cores(capture.cores, "capture.cores"))) if capture.cores is not None else (),
     )

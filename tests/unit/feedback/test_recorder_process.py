@@ -176,6 +176,18 @@ def test_a_full_queue_and_a_closed_recorder_are_counted(config: ChildConfig) -> 
     assert recorder.stats().lost == {"queue_full": 2, "closed": 1}
 
 
+def test_large_answers_fill_the_queue_by_their_size(config: ChildConfig, database: Database) -> None:
+    image = {"prompt": "x" * 1000}
+    recorder = RecorderProcess(replace(config, queue_max_bytes=3000))
+    assert [recorder.submit(partial(record, f"c{n}", request=image)) for n in range(3)] == [True, True, False]
+    recorder.start()
+    wait_for(lambda: recorder.stats().queued == 0)
+    assert recorder.submit(partial(record, "c3", request=image)), "there is room again"
+    assert recorder.close(30.0)
+    assert _stored(database) == ["c0", "c1", "c3"]
+    assert recorder.stats().lost == {"queue_full": 1}
+
+
 def test_with_the_database_gone_answers_wait_in_the_journal(config: ChildConfig, tmp_path: Path) -> None:
     gone = replace(config, database_url=f"sqlite:///{tmp_path}/gone/scion.db", close_timeout_s=0.5)
     recorder = RecorderProcess(gone)
