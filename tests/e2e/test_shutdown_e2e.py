@@ -41,14 +41,14 @@ class Reader(threading.Thread):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_answers_end_whole_and_are_recorded(tmp_path: Path, num_processes: int) -> None:
-    server = Server.make(tmp_path, config={"server": {"api_server_count": num_processes}})
+    server = Server.make(tmp_path, config={"server": {"api_server_count": num_processes, "shutdown_timeout_s": 60}})
     with server:
         readers = [Reader(server.url) for _ in range(NUM_STREAMS)]
         for reader in readers:
             reader.start()
         wait_for(lambda: all(reader.text.count("data:") >= 3 for reader in readers), "every answer has begun")
         assert not any("[DONE]" in reader.text for reader in readers), "too short to be interrupted"
-        server.stop()
+        server.stop(timeout_s=90)  # a machine that is busy otherwise is slow
         for reader in readers:
             reader.join(60)
     assert [reader.error for reader in readers] == [None] * NUM_STREAMS
