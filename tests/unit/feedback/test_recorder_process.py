@@ -53,6 +53,14 @@ def _stored(database: Database) -> list[str]:
         return sorted(connection.execute(sa.select(completions.c.id)).scalars(), key=lambda name: int(name[1:]))
 
 
+def _running(config: ChildConfig) -> RecorderProcess:
+    """With a child that takes what is flushed."""
+    recorder = RecorderProcess(config)
+    recorder.start()
+    wait_for(lambda: not recorder._is_behind)
+    return recorder
+
+
 def _child_pid(recorder: RecorderProcess) -> int | None:
     return recorder._child.process.pid if recorder._child is not None else None
 
@@ -232,9 +240,7 @@ def test_a_flush_does_not_break_into_what_the_thread_sends(
     config: ChildConfig, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder_process, "_LOOK_INTERVAL_S", 0.01)
-    recorder = RecorderProcess(config)
-    recorder.start()
-    wait_for(lambda: not recorder._is_behind)
+    recorder = _running(config)
     begun, go_on = threading.Event(), threading.Event()
     send = recorder_process._Child.send
 
@@ -259,9 +265,7 @@ def test_what_the_socket_has_no_room_for_follows(
     config: ChildConfig, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder_process, "_SEND_BUFFER_BYTES", 4096)
-    recorder = RecorderProcess(config)
-    recorder.start()
-    wait_for(lambda: not recorder._is_behind)
+    recorder = _running(config)
     for number in range(500):
         assert recorder.submit(partial(record, f"c{number}", request={"prompt": "x" * 3000}))
         if number % 5 == 0:
@@ -272,9 +276,7 @@ def test_what_the_socket_has_no_room_for_follows(
 
 
 def test_without_a_flush_answers_leave_within_a_second(config: ChildConfig, database: Database) -> None:
-    recorder = RecorderProcess(config)
-    recorder.start()
-    wait_for(lambda: not recorder._is_behind)
+    recorder = _running(config)
     recorder.submit(_build(1))
     wait_for(lambda: _stored(database) == ["c1"])
     assert recorder.close(30.0)
