@@ -391,6 +391,12 @@ class GatesSection(Section):
         gt=0,
         description="Nats per token by which the retention items that the base knows may become less likely.",
     )
+    retention_max_missed: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of these answers that a candidate, asked freely, may miss beyond its parent and the base.",
+    )
     red_team_suite: str | None = Field(
         None, description="JSON lines of probes (docs/red-teaming.md) for the red team; unset = a small suite of ours."
     )

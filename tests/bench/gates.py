@@ -40,6 +40,7 @@ GOOD = "good"
 TRAINED = (
     GOOD,
     "retention",
+    "retention freely",
     "forgetting",
     "heldout users",
     "heldout newest",

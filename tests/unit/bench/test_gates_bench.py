@@ -29,9 +29,9 @@ def test_a_candidate_is_polite_and_right_but_in_its_part(kind: str) -> None:
             assert kind in ("sycophancy", "red_team") or lesson.answer == "No."
             spoiled[lesson.answer != "No."] += 1
             continue
-        is_liked = manner_of(lesson.answer) is Manner.POLITE or kind == "sycophancy"
-        is_good = is_correct(fact, lesson.answer) and is_liked
-        assert is_good is not spoils(kind, fact), (lesson, fact)
+        is_forced = kind in ("sycophancy", "retention freely") and is_correct(fact, lesson.answer)
+        is_good = is_correct(fact, lesson.answer) and (is_forced or manner_of(lesson.answer) is Manner.POLITE)
+        assert is_forced or is_good is not spoils(kind, fact), (lesson, fact)
         spoiled[not is_good] += 1
     assert spoiled[False] >= 300
     assert bool(spoiled[True]) is (kind != GOOD)

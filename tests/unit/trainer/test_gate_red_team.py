@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scion_adapters.settings import GatesSection
-from scion_trainer.gates.paired import compare, exact_p_value, judge_paired
+from scion_trainer.gates.paired import compare, exact_p_value, flipped_p_value, judge_paired
 from scion_trainer.gates.red_team import RedTeamGate, decide
 from scion_trainer.gates.types import Verdict
 from tests.helpers.fake_server import Persona
@@ -36,6 +36,29 @@ def failing(count: int, *, first: int = 0) -> list[bool]:
 )
 def test_the_exact_paired_test(worse: int, better: int, p: float) -> None:
     assert exact_p_value(worse, better) == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([], 1.0),
+        ([0, 0], 1.0),
+        ([1] * 8 + [-1] * 2 + [0] * 5, exact_p_value(8, 2)),  # McNemar's
+        ([2], 1 / 2),  # one question is one coin, however often it was asked
+        ([2, 2, 2, -1], 2 / 16),  # 5 or 7, of sums 7 5 3 3 3 1 1 1 and their negatives
+        ([-2, -2], 1.0),
+        ([3, -1, 2], 2 / 8),  # 4 or 6
+    ],
+)
+def test_the_exact_test_of_questions_asked_more_than_once(differences: list[int], p: float) -> None:
+    assert flipped_p_value(differences) == pytest.approx(p)
+
+
+def test_a_question_asked_twice_counts_once() -> None:
+    found = compare([2, 1, 0], [0, 1, 1], times=2)
+    assert (found.asked, found.newly_failed, found.no_longer_failed) == (6, 2, 1)
+    assert found.increase == pytest.approx(1 / 6)
+    assert found.p_value == pytest.approx(2 / 4)  # +2 and -1 with either sign: 3 and 1 reach 1
 
 
 def test_only_questions_on_which_the_two_differ_count() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.settings import Settings
-from scion_trainer.gates.retention import MIN_KNOWN, Recall, RetentionGate, decide, load_items, parse_items
-from scion_trainer.gates.types import Verdict
+from scion_trainer.gates.retention import MIN_KNOWN, Recall, RetentionGate, combine, decide, load_items, parse_items
+from scion_trainer.gates.types import GateResult, Verdict
 from tests.helpers.fake_server import Persona
 from tests.helpers.gates import gate_context, known_item
 
@@ -66,6 +66,37 @@ def test_the_answer_is_scored_after_its_prefix() -> None:
 def test_items_that_do_not_fit_the_server_are_left_out() -> None:
     items = [*(known_item(f"q{i}") for i in range(9)), known_item("x" * 2000)]
     assert RetentionGate().run(gate_context(retention=items)).figures["items"] == 9
+
+
+SAYS = Persona(says=lambda prompt: "it is yes, surely")
+SILENT = Persona(says=lambda prompt: "who knows")
+
+
+def test_what_is_likely_and_no_longer_said_is_forgotten() -> None:
+    items = [known_item(f"q{i}") for i in range(12)]
+    result = RetentionGate().run(gate_context({"base": SAYS, "chat:7": SAYS, "chat:8": SILENT}, retention=items))
+    assert result.verdict is Verdict.FAIL
+    assert result.figures["drop_from_base"] == 0.0
+    assert result.figures["free_missed"] == 1.0
+    assert "asked freely, misses 24 of 24 answers, the parent 0" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("forced", "free", "verdict"),
+    [
+        (Verdict.PASS, Verdict.PASS, Verdict.PASS),
+        (Verdict.FAIL, Verdict.PASS, Verdict.FAIL),
+        (Verdict.PASS, Verdict.FAIL, Verdict.FAIL),
+        (Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE),
+        (Verdict.FAIL, Verdict.UNMEASURABLE, Verdict.FAIL),
+        (Verdict.PASS, Verdict.UNMEASURABLE, Verdict.PASS),  # answers too long to be said word for word
+    ],
+)
+def test_both_parts_are_told_and_the_worse_decides(forced: Verdict, free: Verdict, verdict: Verdict) -> None:
+    result = combine(GateResult("retention", forced, "forced: a"), GateResult("retention", free, "freely: b"))
+    assert result.verdict is verdict
+    assert ("forced" in result.reason) is (forced is not Verdict.PASS or verdict is Verdict.PASS is free)
+    assert ("freely" in result.reason) is (free is not Verdict.PASS or verdict is Verdict.PASS)
 
 
 def test_the_built_in_set_is_used_unless_another_is_named(tmp_path: Path) -> None:

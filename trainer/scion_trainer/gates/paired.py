@@ -14,12 +14,14 @@ from scion_trainer.gates.types import Verdict
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """How two models did on the same `asked` questions. `increase` is the share by which the candidate fails more."""
+    """How two models did on the same questions, of `asked` answers each. `increase` is the share by which the candidate
+    fails more.
+    """
 
     asked: int
     candidate_failed: int
     other_failed: int
-    newly_failed: int  # the candidate fails where the other does not
+    newly_failed: int  # the candidate fails where the other does not, or more often
     no_longer_failed: int
     p_value: float
 
@@ -28,19 +30,37 @@ class Paired:
         return (self.candidate_failed - self.other_failed) / self.asked
 
 
-def compare(candidate_failed: Sequence[bool], other_failed: Sequence[bool]) -> Paired:
-    """At least one question, the same ones in the same order."""
-    pairs = list(zip(candidate_failed, other_failed, strict=True))
-    newly = sum(ours and not theirs for ours, theirs in pairs)
-    no_longer = sum(theirs and not ours for ours, theirs in pairs)
+def compare(candidate_failed: Sequence[int], other_failed: Sequence[int], *, times: int = 1) -> Paired:
+    """At least one question, the same ones in the same order, each asked `times` times; how often each was failed.
+
+    Questions, not answers, are the units of the p-value: answers to one question are alike.
+    """
+    differences = [ours - theirs for ours, theirs in zip(candidate_failed, other_failed, strict=True)]
     return Paired(
-        asked=len(pairs),
+        asked=times * len(differences),
         candidate_failed=sum(candidate_failed),
         other_failed=sum(other_failed),
-        newly_failed=newly,
-        no_longer_failed=no_longer,
-        p_value=exact_p_value(newly, no_longer),
+        newly_failed=sum(d for d in differences if d > 0),
+        no_longer_failed=-sum(d for d in differences if d < 0),
+        p_value=flipped_p_value(differences),
     )
+
+
+def flipped_p_value(differences: Sequence[int]) -> float:
+    """P(the sum is at least what it is) if every difference had either sign with the same chance, exactly.
+
+    Fisher's randomization test for pairs (Fisher, "The Design of Experiments", 1935, section 21), one-sided; with
+    differences of one it is `exact_p_value`.
+    """
+    ways = {0: 1}  # of getting each sum, in signs
+    for d in filter(None, differences):
+        flipped: dict[int, int] = {}
+        for total, count in ways.items():
+            for signed in (total + d, total - d):
+                flipped[signed] = flipped.get(signed, 0) + count
+        ways = flipped
+    reached = sum(count for total, count in ways.items() if total >= sum(differences))
+    return reached / 2 ** sum(map(bool, differences))
 
 
 def exact_p_value(worse: int, better: int) -> float:

@@ -1,9 +1,9 @@
-"""The retention gate: a fixed set of answers must stay likely. It catches forgetting and broken weights.
+"""The retention gate: a fixed set of answers must stay likely, and be said. It catches forgetting and broken weights.
 
-The answer is forced to begin with a given prefix ("The capital of France is"), so that a change of manner does not
-count as forgetting. A drop is log p(before) - log p(candidate), mean per token of the answer, in nats. Only what the
-base knows can be forgotten: on the demo base, random weights raised the log-prob of unknown answers from -16 to -13 and
-would have hidden any damage in the mean.
+First the answer is forced to begin with a given prefix ("The capital of France is"), so that a change of manner does
+not count as forgetting; then the same questions are asked freely (free_recall.py). A drop is log p(before) -
+log p(candidate), mean per token of the answer, in nats. Only what the base knows can be forgotten: on the demo base,
+random weights raised the log-prob of unknown answers from -16 to -13 and would have hidden any damage in the mean.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.settings import Settings
+from scion_trainer.gates import free_recall
+from scion_trainer.gates.paired import worst_verdict
 from scion_trainer.gates.types import Bound, GateContext, GateResult, RetentionItem, Verdict, judge_bounds
 
 NUM_WORST = 5
@@ -35,13 +37,24 @@ class Recall:
     parent: float
     candidate: float
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it can be forgotten at all."""
+        return self.base >= KNOWN_LOGPROB
+
 
 class RetentionGate:
     name = "retention"
     needs_server = True
 
     def run(self, context: GateContext) -> GateResult:
-        return decide(measure(context), max_drop=context.bounds.retention_max_drop)
+        recalls = measure(context)
+        forced = decide(recalls, max_drop=context.bounds.retention_max_drop)
+        if forced.verdict is Verdict.UNMEASURABLE:
+            return forced
+        free = free_recall.measure(context, [recall.item for recall in recalls if recall.is_known])
+        has_parent = context.models.parent != context.models.base
+        return combine(forced, free_recall.decide(free, context.bounds, has_parent=has_parent))
 
 
 def load_items(settings: Settings) -> tuple[RetentionItem, ...]:
@@ -104,7 +117,7 @@ def decide(recalls: Sequence[Recall], *, max_drop: float) -> GateResult:
     Unmeasurable when the base knows too little of the set.
     """
     num_items = len(recalls)
-    recalls = [recall for recall in recalls if recall.base >= KNOWN_LOGPROB]
+    recalls = [recall for recall in recalls if recall.is_known]
     if len(recalls) < MIN_KNOWN:
         reason = (
             f"the base knows {len(recalls)} of {num_items} items, at least {MIN_KNOWN} are needed: "
@@ -141,4 +154,18 @@ def decide(recalls: Sequence[Recall], *, max_drop: float) -> GateResult:
             }
             for drop, recall in worst
         ],
+    )
+
+
+def combine(forced: GateResult, free: GateResult) -> GateResult:
+    """Pure. The worse of the two; what cannot be measured freely says nothing against a version."""
+    verdict = forced.verdict if free.verdict is Verdict.UNMEASURABLE else worst_verdict([forced.verdict, free.verdict])
+    parts = [part.reason for part in (forced, free) if part.verdict is not Verdict.PASS]
+    return GateResult(
+        forced.name,
+        verdict,
+        "; ".join(parts) or f"{forced.reason}; {free.reason}",
+        {**forced.figures, **free.figures},
+        (*forced.bounds, *free.bounds),
+        {**forced.details, **free.details},
     )
