@@ -27,7 +27,7 @@ from scion_adapters.notifications import listen
 from scion_adapters.records import Replica, is_step_line
 from scion_adapters.replicas import ReplicaLedger
 from scion_adapters.routing import Routing, load_routing, read_revision
-from scion_adapters.settings import RolloutSection
+from scion_adapters.sections.serving import RolloutSection
 from scion_adapters.timekeeping import Timekeeper
 from vllm_scion.authority import Gatekeeper
 from vllm_scion.loader import Loader, WantedVersion

@@ -8,16 +8,17 @@ are left out of the steps that users need. Owns that decision; private_vllm.py p
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
 from scion_adapters.steps import ROLLOUT_PRIORITY
 
-EVERY = 50
-"""Every so many steps rollouts take part beside users, so that they end some day on a server that is never idle."""
+LONGEST_WAIT_S = 1.0
+"""After it rollouts take part in one step beside users, so that they end some day on a server that is never idle."""
 
 
-def users_first(original: Callable[..., Any]) -> Callable[..., Any]:
+def users_first(original: Callable[..., Any], clock: Callable[[], float] = time.monotonic) -> Callable[..., Any]:
     """`original`, a scheduler's method that makes up one step, without rollouts where users are to be served.
 
     Used with the scheduling policy "priority" only. Whoever is left out stays in the scheduler as it was.
@@ -25,7 +26,7 @@ def users_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def schedule(scheduler: Any, *arguments: Any, **named: Any) -> Any:
-        running, waiting = left_out(scheduler)
+        running, waiting = left_out(scheduler, clock())
         if not running and not waiting:
             return original(scheduler, *arguments, **named)
         scheduler.running = [request for request in scheduler.running if not is_rollout(request)]
@@ -42,25 +43,27 @@ def users_first(original: Callable[..., Any]) -> Callable[..., Any]:
     return schedule
 
 
-def left_out(scheduler: Any) -> tuple[list[Any], list[Any]]:
-    """The running and the waiting rollouts that the next step does without. Counts the steps at which it could.
+def left_out(scheduler: Any, now_s: float) -> tuple[list[Any], list[Any]]:
+    """The running and the waiting rollouts that the next step does without. Notes when one did not.
 
-    None where users do not fit beside what rollouts hold: then vLLM's own rules throw rollouts out.
+    None after LONGEST_WAIT_S, and where users do not fit beside what rollouts hold: then vLLM's own rules throw
+    rollouts out.
     """
     if scheduler.policy.value != "priority":
         return [], []
     running = [request for request in scheduler.running if is_rollout(request)]
     waiting = [request for request in scheduler.waiting if is_rollout(request)]
+    if not (running or waiting):
+        return [], []
     num_users = len(scheduler.running) - len(running) + len(scheduler.waiting) - len(waiting)
-    if not num_users or not (running or waiting):
-        return [], []
-    scheduler.num_steps_with_users = getattr(scheduler, "num_steps_with_users", 0) + 1
-    if scheduler.num_steps_with_users % EVERY == 0:
-        return [], []
     was_short, scheduler.is_short_for_users = getattr(scheduler, "is_short_for_users", False), False
-    if was_short or num_users + len(running) > scheduler.max_num_running_reqs:
-        return [], []
-    return running, waiting
+    is_full = was_short or num_users + len(running) > scheduler.max_num_running_reqs
+    since_s = getattr(scheduler, "rollouts_wait_since_s", now_s)
+    if num_users and not is_full and now_s - since_s < LONGEST_WAIT_S:
+        scheduler.rollouts_wait_since_s = since_s
+        return running, waiting
+    scheduler.rollouts_wait_since_s = now_s
+    return [], []
 
 
 def is_rollout(request: Any) -> bool:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
-from scion_adapters.settings import LORA_TARGETS
+from scion_adapters.sections.serving import LORA_TARGETS
 from scion_feedback.selection import SnapshotRow
 from scion_trainer import kl
 from scion_trainer.base import LoadedBase

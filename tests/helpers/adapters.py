@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from scion_adapters.fingerprint import BaseInfo, read_base
 from scion_adapters.preflight import AdapterLimits
-from scion_adapters.settings import LORA_TARGETS
+from scion_adapters.sections.serving import LORA_TARGETS
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 LIMITS = AdapterLimits(max_rank=16, target_modules=LORA_TARGETS)

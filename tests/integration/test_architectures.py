@@ -10,7 +10,8 @@ import torch
 
 from scion_adapters.fingerprint import base_info
 from scion_adapters.preflight import AdapterLimits, check_adapter
-from scion_adapters.settings import LORA_TARGETS, load_settings
+from scion_adapters.sections.serving import LORA_TARGETS
+from scion_adapters.settings import load_settings
 from scion_trainer import kl
 from scion_trainer.base import load_base
 from scion_trainer.chat_tokens import ChatTokens

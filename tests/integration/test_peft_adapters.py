@@ -11,7 +11,7 @@ from scion_adapters.difference import compare_adapters
 from scion_adapters.errors import RejectedError
 from scion_adapters.fingerprint import BaseInfo, read_base
 from scion_adapters.preflight import check_adapter
-from scion_adapters.settings import LORA_TARGETS
+from scion_adapters.sections.serving import LORA_TARGETS
 from tests.helpers.adapters import LIMITS
 from tests.helpers.tiny_model import build_tiny_model
 

@@ -12,7 +12,7 @@ from scion_adapters.errors import InvalidInputError, NotFoundError
 from scion_adapters.fingerprint import base_info
 from scion_adapters.preflight import AdapterLimits, check_adapter
 from scion_adapters.records import Run, RunState
-from scion_adapters.settings import LORA_TARGETS
+from scion_adapters.sections.serving import LORA_TARGETS
 from scion_trainer import execution, lowering
 from scion_trainer.config import run_config
 from scion_trainer.execution import execute

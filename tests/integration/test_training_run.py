@@ -15,7 +15,8 @@ from scion_adapters.fingerprint import base_info
 from scion_adapters.preflight import AdapterLimits, check_adapter
 from scion_adapters.records import RunState, VersionRef, VersionState
 from scion_adapters.registry import Registry, open_registry
-from scion_adapters.settings import LORA_TARGETS, load_settings
+from scion_adapters.sections.serving import LORA_TARGETS
+from scion_adapters.settings import load_settings
 from scion_feedback.snapshots import find_snapshot, load_snapshot
 from scion_trainer import run as run_module
 from scion_trainer.checkpoints import CHECKPOINTS, CorruptCheckpointError

@@ -15,7 +15,7 @@ import pytest
 from scion_adapters.errors import RejectedError
 from scion_adapters.fingerprint import BaseInfo, read_base
 from scion_adapters.preflight import AdapterLimits, check_adapter
-from scion_adapters.settings import LORA_TARGETS
+from scion_adapters.sections.serving import LORA_TARGETS
 from tests.helpers.adapters import LIMITS, Tensors, make_adapter, make_base, peft_config
 from tests.helpers.faults import BAD_NAMES, FAULTS
 from tests.helpers.serving import REPOSITORY

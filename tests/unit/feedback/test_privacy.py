@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from scion_adapters.errors import InvalidInputError
-from scion_adapters.settings import PrivacySection, Settings, load_settings
+from scion_adapters.sections.serving import PrivacySection
+from scion_adapters.settings import Settings, load_settings
 from scion_feedback.privacy import UserHasher, open_hasher
 
 

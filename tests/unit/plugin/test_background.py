@@ -21,7 +21,7 @@ from scion_adapters.leases import current_holder
 from scion_adapters.records import Replica, VersionState
 from scion_adapters.replicas import ReplicaLedger
 from scion_adapters.routing import Routing
-from scion_adapters.settings import RolloutSection
+from scion_adapters.sections.serving import RolloutSection
 from tests.helpers.databases import sqlite_database
 from tests.helpers.engine import FakeStore, FakeTable
 from tests.helpers.waiting import until

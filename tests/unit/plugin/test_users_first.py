@@ -11,13 +11,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from scion_adapters.steps import ROLLOUT_PRIORITY
 from vllm_scion.private_vllm import let_users_go_first
-from vllm_scion.users_first import EVERY, users_first
+from vllm_scion.users_first import LONGEST_WAIT_S, users_first
 
 
 @dataclass(order=True, unsafe_hash=True)
 class Request:
     priority: int
     name: str
+
+
+NOW = [0.0]
 
 
 @dataclass
@@ -36,12 +39,13 @@ class FakeScheduler:
         for request in self.queued:
             self.waiting.add_request(request)
 
-    @users_first
-    def schedule(self, throttle_prefills: bool = False) -> str:
+    def fill(self, throttle_prefills: bool = False) -> str:
         while self.waiting and len(self.running) < self.room:
             self.running.append(self.waiting.pop_request())
         self.steps.append({request.name for request in self.running})
         return "output"
+
+    schedule = users_first(fill, clock=lambda: NOW[0])
 
     @property
     def names(self) -> set[str]:
@@ -69,9 +73,23 @@ def test_rollouts_wait_while_a_user_is_there_and_keep_their_place() -> None:
 
 def test_a_server_that_is_never_idle_lets_rollouts_end_some_day() -> None:
     scheduler = FakeScheduler([rollout("r1"), user("u1")])
-    for _ in range(2 * EVERY):
+    stepped_s = []
+    for tenth in range(35):
+        NOW[0] = tenth / 10
         scheduler.schedule()
-    assert [i for i, step in enumerate(scheduler.steps, start=1) if "r1" in step] == [EVERY, 2 * EVERY]
+        if "r1" in scheduler.steps[-1]:
+            stepped_s.append(NOW[0])
+    assert stepped_s == [LONGEST_WAIT_S, 2 * LONGEST_WAIT_S, 3 * LONGEST_WAIT_S]
+
+
+def test_rollouts_that_had_their_turn_wait_anew() -> None:
+    scheduler = FakeScheduler([rollout("r1")])
+    NOW[0] = 10.0
+    scheduler.schedule()  # nobody else is there
+    scheduler.running.append(user("u1"))
+    NOW[0] += 0.9 * LONGEST_WAIT_S
+    scheduler.schedule()
+    assert scheduler.steps == [{"r1"}, {"u1"}]
 
 
 def test_where_users_do_not_fit_beside_rollouts_vllm_decides() -> None:

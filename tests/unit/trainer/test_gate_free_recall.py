@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.free_recall import MAX_ASKED, NUM_SAMPLES, FreeRecall, decide, measure, says
 from scion_trainer.gates.types import Verdict
 from scion_trainer.server_client import Answer, Message

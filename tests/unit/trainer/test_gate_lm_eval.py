@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from scion_adapters.errors import InvalidInputError, NotFoundError, UnavailableError
-from scion_adapters.settings import GatesSection, Settings
+from scion_adapters.sections.gates import GatesSection
+from scion_adapters.settings import Settings
 from scion_trainer.gates.lm_eval import LmEvalGate, decide
 from scion_trainer.gates.types import Verdict
 from scion_trainer.harness import TaskScores, find_program, read_scores, run_harness

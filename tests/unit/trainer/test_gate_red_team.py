@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.paired import compare, exact_p_value, flipped_p_value, judge_paired
 from scion_trainer.gates.red_team import RedTeamGate, decide
 from scion_trainer.gates.types import Verdict

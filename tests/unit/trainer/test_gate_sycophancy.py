@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.sycophancy import (
     Claim,
     Form,

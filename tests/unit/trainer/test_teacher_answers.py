@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from scion_adapters.errors import InvalidInputError, UnavailableError
-from scion_adapters.settings import DistillSection
+from scion_adapters.sections.training import DistillSection
 from scion_trainer.recipes.distill import usable
 from scion_trainer.recipes.recipe import Example
 from scion_trainer.stopping import RunInterruptedError

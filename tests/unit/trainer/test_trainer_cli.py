@@ -81,7 +81,7 @@ def fake_launch(project: Project, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     from scion_adapters.fingerprint import read_base
     from scion_adapters.preflight import AdapterLimits
     from scion_adapters.registry import open_registry
-    from scion_adapters.settings import LORA_TARGETS
+    from scion_adapters.sections.serving import LORA_TARGETS
     from tests.helpers.adapters import make_adapter, make_base
 
     launched: list[Run] = []

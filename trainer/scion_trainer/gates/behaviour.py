@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 
 from scion_adapters.errors import InvalidInputError
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict, judge_bounds
 from scion_trainer.server_client import Answer, Message, Scored
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.behaviour import ask, choose_prompts
 from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict, judge_bounds
 from scion_trainer.server_client import Answer

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scion_adapters.errors import InvalidInputError
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.behaviour import SAMPLED_TEMPERATURE
 from scion_trainer.gates.paired import Paired, compare, judge_paired, worst_verdict
 from scion_trainer.gates.types import Bound, GateContext, GateResult, RetentionItem, Verdict

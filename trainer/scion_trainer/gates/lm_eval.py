@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from scion_adapters.errors import InvalidInputError, NotFoundError, UnavailableError
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.paired import exact_p_value, worst_verdict
 from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict
 from scion_trainer.harness import TaskScores, run_harness

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.paired import Paired, compare, judge_paired, worst_verdict
 from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict
 from scion_trainer.red_team.attack import Attempt, attack, by_category, findings, fitting_probes

@@ -16,7 +16,7 @@ from enum import StrEnum
 import numpy as np
 
 from scion_adapters.errors import InvalidInputError
-from scion_adapters.settings import GatesSection
+from scion_adapters.sections.gates import GatesSection
 from scion_trainer.gates.paired import compare, judge_paired, worst_verdict
 from scion_trainer.gates.types import Bound, GateContext, GateResult, RetentionItem, Verdict
 from scion_trainer.server_client import Message, Scored

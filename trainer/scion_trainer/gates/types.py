@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.records import Version
-from scion_adapters.settings import GatesSection, Settings
+from scion_adapters.sections.gates import GatesSection
+from scion_adapters.settings import Settings
 from scion_feedback.findings import Finding
 from scion_feedback.selection import SnapshotRow
 from scion_trainer.chat_tokens import ChatTokens
