@@ -10,11 +10,11 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.bench import gates, methods, overhead, ppo, report, reward, rollouts, swap
+from tests.bench import gates, gpu, methods, overhead, ppo, report, reward, rollouts, swap
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for benchmark in (module.BENCHMARK for module in (gates, methods, overhead, ppo, reward, rollouts, swap))
+    for benchmark in (module.BENCHMARK for module in (gates, gpu, methods, overhead, ppo, reward, rollouts, swap))
 }
 
 

@@ -21,6 +21,7 @@ from scion_adapters.settings import Settings, load_settings
 from scion_trainer.base import LoadedBase, load_base
 from scion_trainer.config import run_config
 from scion_trainer.lora import start_adapter
+from scion_trainer.memory import estimate
 from scion_trainer.ppo.options import PpoOptions
 from scion_trainer.ppo.ppo import Job, train
 from scion_trainer.progress import Progress, read_metrics
@@ -30,7 +31,7 @@ from scion_trainer.rollouts.engine import EngineSource
 from scion_trainer.rollouts.local import LocalRollouts
 from scion_trainer.rollouts.sampling import Sampling
 from scion_trainer.rollouts.types import Rollout, RolloutSource
-from tests.bench.ppo_task import LORA_RANK, Record, Task, prompts, read_arguments, reward_of
+from tests.bench.ppo_task import LORA_RANK, Record, Task, device_peak_bytes, prompts, read_arguments, reward_of
 
 
 def main() -> None:
@@ -70,6 +71,20 @@ def run(task: Task, home: Path, *, with_engine: bool) -> Record:
         checkpoint_every_steps=10**6,
         seed=task.seed,
     )
+    predicted = estimate(
+        base_info(settings),
+        replace(
+            config,
+            batch_size=task.batch_size,
+            options={**config.options, "max_tokens": task.response_tokens, "members": 1, "minibatches": 1},
+        ),
+        quantized=True,
+        rank=LORA_RANK,
+        micro_batch_size=task.at_once,
+        longest_tokens=task.prompt_tokens,
+    )
+    if predicted.gradient_checkpointing:
+        roles.checkpoint_activations()
     began = time.monotonic()
     with Progress(home) as progress:
         try:
@@ -93,6 +108,8 @@ def run(task: Task, home: Path, *, with_engine: bool) -> Record:
         rewards=[float(step["reward"]) for step in steps],
         setup_s=time.monotonic() - began - sum(seconds),
         note=f"mismatch {steps[0]['mismatch']:.4f} nats",
+        device_peak_bytes=device_peak_bytes(),
+        predicted_bytes=predicted.total_bytes,
     )
 
 

@@ -6,6 +6,7 @@ Also what a side writes down. Imported in both environments, so it needs nothing
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,8 @@ class Shape:
     vocab: int
     deviation: float = 0.02
     """Of the random weights."""
+    key_value_heads: int | None = None
+    """None: as many as heads."""
 
 
 LARGE = Shape(hidden=768, intermediate=3072, layers=13, heads=12, vocab=32_000)
@@ -60,6 +63,9 @@ class Record:
     rewards: list[float] = field(default_factory=list)
     setup_s: float = 0.0
     note: str = ""
+    device_peak_bytes: int = 0
+    predicted_bytes: int = 0
+    """The most memory of the GPU, without one of the process, and what was predicted; 0: nobody asked."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -102,14 +108,17 @@ def build_model(directory: Path, shape: Shape) -> Path:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads or shape.heads,
         max_position_embeddings=512,
         pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=1,
         initializer_range=shape.deviation,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    with torch.device(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    ):  # billions of random numbers take the CPU minutes
+        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     core = Tokenizer(
         models.WordLevel({"<pad>": PAD, "<eos>": 1} | {f"w{i}": i for i in range(2, shape.vocab)}, "<eos>")
     )
@@ -122,6 +131,15 @@ def build_model(directory: Path, shape: Shape) -> Path:
     )
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def device_peak_bytes() -> int:
+    """The most that this process has held so far: on the GPU where there is one, else in memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Watch:

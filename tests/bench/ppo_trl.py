@@ -21,7 +21,17 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from tests.bench.ppo_task import LORA_RANK, LORA_TARGETS, PAD, Record, Watch, prompts, read_arguments, reward_of
+from tests.bench.ppo_task import (
+    LORA_RANK,
+    LORA_TARGETS,
+    PAD,
+    Record,
+    Watch,
+    device_peak_bytes,
+    prompts,
+    read_arguments,
+    reward_of,
+)
 
 
 class Judge(torch.nn.Module):
@@ -92,7 +102,7 @@ def main() -> None:
             num_sample_generations=0,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             seed=task.seed,
         )
         trainer = PPOTrainer(
@@ -110,6 +120,7 @@ def main() -> None:
             callbacks=[callback],
         )
         trainer.train()
+    record.device_peak_bytes = device_peak_bytes()
     record.write(output)
 
 

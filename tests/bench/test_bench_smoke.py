@@ -73,3 +73,16 @@ def test_rollouts_beside_users_fail_nobody(tmp_path: Path) -> None:
         "beside unbridled rollouts": True,
     }
     assert figures["alone"]["p50_ms"] > 0
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_trains_a_small_model_on_both_sides_without_a_gpu(tmp_path: Path) -> None:
+    assert main(["gpu", "--quick", "--output", str(tmp_path)]) == 0
+    trained = json.loads((tmp_path / "gpu.json").read_text())["figures"]["trained"]
+    assert [(one["recipe"], one["side"], one["why"]) for one in trained] == [
+        ("kto", "ours", ""),
+        ("kto", "TRL", ""),
+        ("ppo", "ours", ""),
+    ]
+    assert all(one["record"]["device_peak_bytes"] > 0 for one in trained)
+    assert all(one["record"]["tokens_per_s"] > 0 for one in trained)
