@@ -40,7 +40,7 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(METHODS)
     num_turns: int = 2000
-    questions_per_fact: int = 4
+    questions_per_fact: int = 8
 
 
 QUICK = Plan(profiles=("polite",), seeds=(0,), methods=("kto",), num_turns=240, questions_per_fact=1)
