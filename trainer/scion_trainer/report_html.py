@@ -106,6 +106,7 @@ def render_html(report: Report) -> str:
         _training(report.lineage),
         _samples(report.gate("behaviour")),
         _worst(report.gate("retention")),
+        _unsaid(report.gate("retention")),
         _findings(report.gates),
         "<h2>Where it comes from</h2>",
         _lineage(report.lineage),
@@ -202,6 +203,24 @@ def _worst(gate: GateResult | None) -> str:
     return (
         "<h2>Most forgotten items</h2><p class='muted'>Mean log-prob per token of the answer, once the assistant has "
         f'begun with the grey part.</p><div class="card"><table>{head}<tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _unsaid(gate: GateResult | None) -> str:
+    worst = gate.details.get("free_worst") if gate else None
+    if gate is None or not worst:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(item['question'])}</td><td>{escape(item['answer'])}</td>"
+        f'<td class="number">{item["base"]}</td><td class="number">{item["candidate"]}</td>'
+        f'<td class="said">{escape(item["said"]) or "<em>(empty)</em>"}</td></tr>'
+        for item in worst
+    )
+    head = "<thead><tr><th>Question</th><th>Expected</th><th>Base</th><th>Candidate</th><th>It says</th></tr></thead>"
+    return (
+        "<h2>No longer said</h2><p class='muted'>Asked freely: in how many of "
+        f"{gate.details['free_samples']} answers each model left the expected words out.</p>"
+        f'<div class="card"><table>{head}<tbody>{rows}</tbody></table></div>'
     )
 
 

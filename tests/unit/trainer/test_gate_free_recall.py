@@ -114,6 +114,7 @@ def test_each_question_is_asked_several_times_of_every_model_and_long_ones_are_l
     found = measure(gate_context(server=Counting(personas)), items)
     assert asked == dict.fromkeys(personas, 2 * NUM_SAMPLES)
     assert [(r.base, r.parent, r.candidate) for r in found] == [(0, 0, NUM_SAMPLES), (0, NUM_SAMPLES, NUM_SAMPLES)]
+    assert all(recall.said.startswith("no ") for recall in found)  # for people to read
 
 
 def test_a_long_set_is_asked_evenly() -> None:

@@ -68,13 +68,14 @@ def full_report() -> Report:
         {"liked_shifts": [0.3, -0.1], "disliked_shifts": [-0.2, 0.1]},
     )
     worst = {"question": "q & a?", "prefix": "It is", "answer": " <b>", "base": -0.1, "candidate": -2.0, "drop": 1.9}
+    unsaid = {"question": "why?", "answer": " so", "base": 0, "candidate": 2, "said": "<i>who knows</i>"}
     retention = GateResult(
         "retention",
         Verdict.FAIL,
         "drop_from_base 0.5 (allowed: at most 0.12)",
         {"drop_from_base": 0.5},
         (Bound("drop_from_base", high=0.12),),
-        {"drops_from_base": [0.1, 0.9], "worst": [worst]},
+        {"drops_from_base": [0.1, 0.9], "worst": [worst], "free_samples": 2, "free_worst": [unsaid]},
     )
     sample = {"prompt": "<script>alert(1)</script>", "base": "x", "parent": "", "candidate": "a & b"}
     lengths = {"parent": [3, 4, 40], "candidate": [5, 6, 7]}
@@ -146,6 +147,8 @@ def test_the_page_is_whole_self_contained_and_trusts_no_text() -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     for shown in ("chat:8", "rejected", "drop from base", "at most 0.12", "outside", "q &amp; a?", "chat:7", "(empty)"):
         assert shown in text
+    assert "No longer said" in text
+    assert "&lt;i&gt;who knows&lt;/i&gt;" in text
 
 
 def test_the_same_report_gives_the_same_page() -> None:

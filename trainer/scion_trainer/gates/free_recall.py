@@ -27,19 +27,24 @@ NUM_WORST = 5
 
 @dataclass(frozen=True, slots=True)
 class FreeRecall:
-    """In how many of its NUM_SAMPLES answers to one item each model did not say what it should."""
+    """In how many of its NUM_SAMPLES answers to one item each model did not say what it should.
+
+    `said` is the first such answer of the candidate, "" when there is none.
+    """
 
     item: RetentionItem
     base: int
     parent: int
     candidate: int
+    said: str = ""
 
 
 def measure(context: GateContext, items: Sequence[RetentionItem]) -> list[FreeRecall]:
     """Items whose question and answer do not fit the server's length are left out."""
     fitting = _evenly([item for item in items if _fits(context, item)], MAX_ASKED)
-    models, missed = context.models, {}
+    models = context.models
     names = list(dict.fromkeys((models.base, models.parent, models.candidate)))
+    missed: dict[str, list[list[str]]] = {}
     for step, model in enumerate(names):
         context.progress("retention questions", step, len(names))
         answers = context.server.generate(
@@ -49,14 +54,14 @@ def measure(context: GateContext, items: Sequence[RetentionItem]) -> list[FreeRe
             temperature=SAMPLED_TEMPERATURE,
             seed=context.seed,
         )
-        misses = [
-            not says(answer.text, item.answer)
-            for answer, item in zip(answers, (item for item in fitting for _ in range(NUM_SAMPLES)), strict=True)
+        missed[model] = [
+            [answer.text for answer in answers[i * NUM_SAMPLES :][:NUM_SAMPLES] if not says(answer.text, item.answer)]
+            for i, item in enumerate(fitting)
         ]
-        missed[model] = [sum(misses[i : i + NUM_SAMPLES]) for i in range(0, len(misses), NUM_SAMPLES)]
     context.progress("retention questions", len(names), len(names))
+    base, parent, candidate = missed[models.base], missed[models.parent], missed[models.candidate]
     return [
-        FreeRecall(item, missed[models.base][i], missed[models.parent][i], missed[models.candidate][i])
+        FreeRecall(item, len(base[i]), len(parent[i]), len(candidate[i]), next(iter(candidate[i]), ""))
         for i, item in enumerate(fitting)
     ]
 
@@ -100,16 +105,18 @@ def decide(recalls: Sequence[FreeRecall], bounds: GatesSection, *, has_parent: b
     limits = tuple(Bound(f"free_missed_beyond_{name}", high=bounds.retention_max_missed) for name in others)
     worst = sorted(recalls, key=lambda recall: recall.base - recall.candidate)[:NUM_WORST]
     details = {
+        "free_samples": NUM_SAMPLES,
         "free_worst": [
             {
                 "question": str(recall.item.messages[-1].get("content", "")),
                 "answer": recall.item.answer,
                 "base": recall.base,
                 "candidate": recall.candidate,
+                "said": recall.said,
             }
             for recall in worst
             if recall.candidate > recall.base
-        ]
+        ],
     }
     return GateResult("retention", worst_verdict(list(verdicts.values())), reason, figures, limits, details)
 
