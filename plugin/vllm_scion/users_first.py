@@ -46,19 +46,21 @@ def users_first(original: Callable[..., Any], clock: Callable[[], float] = time.
 def left_out(scheduler: Any, now_s: float) -> tuple[list[Any], list[Any]]:
     """The running and the waiting rollouts that the next step does without. Notes when one did not.
 
-    None after LONGEST_WAIT_S, and where users do not fit beside what rollouts hold: then vLLM's own rules throw
-    rollouts out.
+    None after LONGEST_WAIT_S, and where users do not fit beside what rollouts hold: then rollouts go on until there is
+    room, as vLLM throws nobody out of a place; for want of memory it does, the rollouts first.
     """
     if scheduler.policy.value != "priority":
         return [], []
     running = [request for request in scheduler.running if is_rollout(request)]
     waiting = [request for request in scheduler.waiting if is_rollout(request)]
     if not (running or waiting):
+        scheduler.rollouts_wait_since_s = None
         return [], []
     num_users = len(scheduler.running) - len(running) + len(scheduler.waiting) - len(waiting)
     was_short, scheduler.is_short_for_users = getattr(scheduler, "is_short_for_users", False), False
     is_full = was_short or num_users + len(running) > scheduler.max_num_running_reqs
-    since_s = getattr(scheduler, "rollouts_wait_since_s", now_s)
+    since_s = getattr(scheduler, "rollouts_wait_since_s", None)
+    since_s = now_s if since_s is None else since_s
     if num_users and not is_full and now_s - since_s < LONGEST_WAIT_S:
         scheduler.rollouts_wait_since_s = since_s
         return running, waiting

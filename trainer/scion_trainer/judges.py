@@ -6,7 +6,8 @@ Owns the question and the reading of the answer. It knows nothing of verdicts: t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,12 @@ from scion_adapters.settings import Settings
 
 TIE = 0.5
 TIMEOUT_S = 300.0
+MAX_TRIES = 6
+RETRY_WAIT_S = 0.5
+"""Doubled after every refusal for load: about 15 seconds in all."""
+_LOAD = (429, 500, 502, 503, 504)
+_OF_ALL = (401, 403, 404)
+"""What is wrong with the settings, and not with one pair."""
 _INSTRUCTION = (
     "Two assistants answered the same user. Decide which answer serves that user better: is it right, does it do what "
     "was asked, is it clear? Length by itself is no merit, and neither is coming first.\n"
@@ -64,35 +71,63 @@ class EndpointJudge:
         api_key: str | None = None,
         concurrency: int = 8,
         transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._sleep = sleep
         self.name = f"{model} at {url}"
         self._url, self._model, self._concurrency = url.rstrip("/"), model, concurrency
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S, transport=transport, trust_env=False)
 
     def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
+        """As in Judge. A pair that the endpoint refuses (too long, say) costs its own verdict; it is away if all are."""
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="judge") as pool:
-            return list(pool.map(self._ask, pairs))
+            replies = list(pool.map(self._ask, pairs))
+        faults = [reply for reply in replies if isinstance(reply, str)]
+        if faults and len(faults) == len(replies):
+            raise self._away(faults[0])
+        return [None if isinstance(reply, str) else reply for reply in replies]
 
     def close(self) -> None:
         self._http.close()
 
-    def _ask(self, pair: Pair) -> float | None:
+    def _ask(self, pair: Pair) -> float | str | None:
+        """The verdict, None for a reply without one, or in words why there is no reply."""
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": question(pair)}],
             "max_tokens": 8,
             "temperature": 0.0,
         }
+        response = self._post(body)
+        if response.status_code in _OF_ALL:
+            raise self._away(f"status {response.status_code}: {response.text[:200]}")
+        if response.status_code != 200:
+            return f"status {response.status_code}: {response.text[:200]}"
         try:
-            response = self._http.post(f"{self._url}/chat/completions", json=body)
-            response.raise_for_status()
             return read_letter(str(response.json()["choices"][0]["message"]["content"]))
-        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UnavailableError(
-                f"the judge {self.name} gave no answer ({type(error).__name__}: {error}); see that it runs, or correct "
-                "gates.judge_url and gates.judge_model"
-            ) from error
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return f"no chat completion ({type(error).__name__}: {error})"
+
+    def _post(self, body: Mapping[str, Any]) -> httpx.Response:
+        """The last response, after trying again where the endpoint has too much to do."""
+        wait_s = RETRY_WAIT_S
+        for attempt in range(1, MAX_TRIES + 1):
+            try:
+                response = self._http.post(f"{self._url}/chat/completions", json=body)
+            except httpx.HTTPError as error:
+                raise self._away(f"{type(error).__name__}: {error}") from error
+            if response.status_code not in _LOAD or attempt == MAX_TRIES:
+                break
+            self._sleep(wait_s)
+            wait_s *= 2
+        return response
+
+    def _away(self, why: str) -> UnavailableError:
+        return UnavailableError(
+            f"the judge {self.name} gave no answer ({why}); see that it runs, or correct gates.judge_url and "
+            "gates.judge_model"
+        )
 
 
 def question(pair: Pair) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from scion_trainer.gates.types import Bound, GateResult, Verdict
 from scion_trainer.report import Report
 from scion_trainer.report_plots import (
+    drawable,
     plot_baseline,
     plot_curve,
     plot_forgetting,
@@ -153,7 +154,7 @@ def _plots(report: Report) -> str:
     cards = []
     for name, caption, draw in _PLOTS:
         gate = report.gate(name)
-        svg = draw(gate) if gate else None
+        svg = draw(drawable(gate)) if gate else None
         if svg:
             cards.append(f'<figure class="card"><figcaption>{escape(caption)}</figcaption>{svg}</figure>')
     return f'<h2>Plots</h2><div class="plots">{"".join(cards)}</div>' if cards else ""

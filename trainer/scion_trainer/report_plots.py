@@ -6,8 +6,10 @@ Owns how figures are drawn, and nothing else. Drawn without pyplot: no global st
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -34,6 +36,23 @@ _STYLE: Mapping[str, Any] = {
     "ytick.color": MUTED,
     "text.color": INK,
 }
+
+
+def drawable(gate: GateResult) -> GateResult:
+    """The gate without what is no number in its details: a plot cannot show it, and must not stop the report."""
+    return replace(gate, details=_finite(gate.details))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items() if _is_finite(value)}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data if _is_finite(value)]
+    return data
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def plot_lengths(gate: GateResult) -> str | None:

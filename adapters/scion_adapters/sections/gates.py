@@ -34,7 +34,8 @@ class GatesSection(Section):
     )
     retention_file: str | None = Field(
         None,
-        description="JSON lines with messages, prefix and answer that must not be forgotten; unset = a general set.",
+        description="JSON lines with messages, prefix, answer (and said: accepted short answers) that must not be "
+        "forgotten; unset = a general set.",
     )
     retention_max_drop: float = Field(
         0.12,

@@ -92,6 +92,18 @@ def test_rollouts_that_had_their_turn_wait_anew() -> None:
     assert scheduler.steps == [{"r1"}, {"u1"}]
 
 
+def test_new_rollouts_wait_however_long_there_were_none() -> None:
+    scheduler = FakeScheduler([rollout("r1"), user("u1")])
+    NOW[0] = 20.0
+    scheduler.schedule()
+    scheduler.running = [user("u1")]  # the trainer learns
+    scheduler.schedule()
+    NOW[0] += 20 * LONGEST_WAIT_S
+    scheduler.waiting.add_request(rollout("r2"))
+    scheduler.schedule()
+    assert scheduler.steps[-1] == {"u1"}
+
+
 def test_where_users_do_not_fit_beside_rollouts_vllm_decides() -> None:
     full = FakeScheduler([rollout(f"r{i}") for i in range(8)], [user("u1")])
     full.schedule()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from scion_adapters.sections.gates import GatesSection
-from scion_trainer.gates.free_recall import MAX_ASKED, NUM_SAMPLES, FreeRecall, decide, measure, says
+from scion_adapters.settings import Settings
+from scion_trainer.gates.free_recall import MAX_ASKED, NUM_SAMPLES, FreeRecall, decide, is_said, measure, says
+from scion_trainer.gates.retention import load_items
 from scion_trainer.gates.types import Verdict
 from scion_trainer.server_client import Answer, Message
 from tests.helpers.fake_server import FakeServer, Persona
@@ -28,12 +31,38 @@ BOUNDS = GatesSection()
         ("York, New", " New York", False),
         ("über allem", " Über", True),
         ("C++.", " C++", True),  # an answer is words, not a pattern
+        ("It is Paris, of course", " Paris.", True),  # the answer's last stop is no word
+        ("It was **Leonardo** da Vinci", " Leonardo da Vinci", True),
+        ("Newton\u2019s", " Newton's", True),
+        ("日本の首都は東京です。", "東京", True),  # no spaces between words
+        ("日本の首都は京都です。", "東京", False),
+        ("7です", "7", True),
         ("anything", " ", False),
         ("", " Paris", False),
     ],
 )
 def test_what_counts_as_said(text: str, answer: str, said: bool) -> None:
     assert says(text, answer) is said
+
+
+def test_any_of_the_accepted_answers_will_do() -> None:
+    item = replace(known_item("how many days?", " seven days in a week"), said=("seven", "7"))
+    assert all(is_said(text, item) for text in ("Seven.", "A week has 7 days.", "There are seven days in a week."))
+    assert not is_said("There are days in a week.", item)
+    assert is_said("it is yes", known_item("q"))  # without any: the answer
+
+
+def test_the_built_in_set_accepts_short_answers() -> None:
+    short = {
+        "How many days are there in a week?": ("Seven.", "7", "A week has seven days."),
+        "How many sides does a triangle have?": ("3 sides", "It has three."),
+        "Which ocean lies between Europe and North America?": ("The Atlantic.",),
+        "At what temperature in degrees Celsius does water boil?": ("100 °C",),
+        "What is 2 plus 3?": ("five", "5."),
+    }
+    items = {str(item.messages[-1]["content"]): item for item in load_items(Settings.model_validate({}))}
+    assert all(is_said(text, items[question]) for question, texts in short.items() for text in texts)
+    assert all(is_said(f"{item.prefix}{item.answer}", item) for item in items.values())
 
 
 def recalls(base: Sequence[int], parent: Sequence[int], candidate: Sequence[int]) -> list[FreeRecall]:

@@ -7,6 +7,7 @@ called.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_the_decision(candidate: list[float], parent: list[float], verdict: Verd
     result = decide(scores(candidate), scores(parent), bounds=GatesSection())
     assert result.verdict is verdict, result.reason
     assert result.figures["my_task_drop"] == pytest.approx((sum(parent) - sum(candidate)) / 40)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "parent", "verdict", "documents"),
+    [
+        ([0.0] * 39 + [math.nan], [1.0] * 40, Verdict.FAIL, 40),  # one document without a score hides nothing
+        ([math.nan] * 40, right(20), Verdict.FAIL, 40),  # what only the candidate has no score for it has failed
+        (right(40), [math.nan] * 20 + [1.0] * 20, Verdict.PASS, 20),  # what the parent has none for does not count
+        (right(40), [math.nan] * 40, Verdict.UNMEASURABLE, None),
+    ],
+)
+def test_scores_that_are_no_numbers(
+    candidate: list[float], parent: list[float], verdict: Verdict, documents: int | None
+) -> None:
+    result = decide(scores(candidate), scores(parent), bounds=GatesSection())
+    assert (result.verdict, result.figures.get("my_task_documents")) == (verdict, documents), result.reason
 
 
 def test_without_a_common_document_nothing_is_judged() -> None:

@@ -9,7 +9,7 @@ import pytest
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.settings import Settings
 from scion_trainer.gates.retention import MIN_KNOWN, Recall, RetentionGate, combine, decide, load_items, parse_items
-from scion_trainer.gates.types import GateResult, Verdict
+from scion_trainer.gates.types import GateResult, RetentionItem, Verdict
 from tests.helpers.fake_server import Persona
 from tests.helpers.gates import gate_context, known_item
 
@@ -118,12 +118,33 @@ def test_the_built_in_set_is_used_unless_another_is_named(tmp_path: Path) -> Non
         '{"messages": [{"content": "q"}], "answer": "a"}',  # nobody says it
         '{"messages": [{"role": "user", "content": "q"}], "answer": ""}',  # nothing to score
         '{"prompt": "q", "answer": "a"}',  # another format
+        '{"messages": [{"role": "user", "content": "q"}], "answer": "a", "said": "b"}',  # letters, not answers
+        '{"messages": [{"role": "user", "content": "q"}], "answer": "a", "said": [" "]}',  # is said by everybody
     ],
 )
 def test_a_bad_line_is_named(line: str) -> None:
     good = '{"messages": [{"role": "user", "content": "q"}], "answer": "a"}'
     with pytest.raises(InvalidInputError, match=r"mine\.jsonl, line 2"):
         parse_items(f"{good}\n{line}\n", origin="mine.jsonl")
+
+
+def test_a_line_may_hold_other_ends_of_lines_and_accepted_answers() -> None:
+    text = '{"messages": [{"role": "user", "content": "one\u2028two\u0085"}], "answer": "a", "said": ["b", "c"]}\r\n'
+    (item,) = parse_items(text, origin="mine.jsonl")
+    assert item.messages[0]["content"] == "one\u2028two\u0085"
+    assert item.said == ("b", "c")
+
+
+def test_items_that_the_template_refuses_are_left_out() -> None:
+    refused = RetentionItem(({"role": "refused", "content": "q"},), "it is", " yes")
+    result = RetentionGate().run(gate_context(retention=[*(known_item(f"q{i}") for i in range(9)), refused]))
+    assert result.figures["items"] == 9
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_bytes("é".encode("latin-1"))
+    with pytest.raises(InvalidInputError, match=r"mine\.jsonl is not UTF-8"):
+        load_items(Settings.model_validate({"home": tmp_path, "gates": {"retention_file": "mine.jsonl"}}))
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:

@@ -131,10 +131,41 @@ def test_the_endpoint_is_asked_in_the_open_ai_way() -> None:
     assert "<answer_A>\nbecause\n</answer_A>" in question(pair)
 
 
-def test_a_judge_that_fails_is_named_with_the_setting() -> None:
-    judge = EndpointJudge("http://judge/v1", "big", transport=httpx.MockTransport(lambda request: httpx.Response(500)))
-    with pytest.raises(UnavailableError, match=r"gates\.judge_url"):
-        judge.prefer([Pair([], "a", "b")])
+def endpoint(*statuses: int) -> tuple[EndpointJudge, list[float]]:
+    """A judge whose endpoint answers "A" with these statuses in turn, the last one for good; and how long it waited."""
+    left, waits = list(statuses), list[float]()
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        status = left.pop(0) if len(left) > 1 else left[0]
+        return httpx.Response(status, json={"choices": [{"message": {"content": "A"}}]})
+
+    transport = httpx.MockTransport(answer)
+    return EndpointJudge("http://judge/v1", "big", concurrency=1, transport=transport, sleep=waits.append), waits
+
+
+PAIRS = [Pair([], "a", "b")] * 3
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_judge_with_too_much_to_do_is_asked_again(status: int) -> None:
+    judge, waits = endpoint(200, status, status, 200)
+    assert judge.prefer(PAIRS) == [1.0, 1.0, 1.0]
+    assert waits == [0.5, 1.0]
+    judge.close()
+
+
+def test_a_pair_that_the_judge_refuses_costs_its_own_verdict() -> None:
+    judge, waits = endpoint(200, 400, 200)
+    assert judge.prefer(PAIRS) == [1.0, None, 1.0]
+    assert not waits
+    judge.close()
+
+
+@pytest.mark.parametrize("statuses", [(500,), (400,), (200, 401), (404,)])
+def test_a_judge_that_fails_is_named_with_the_setting(statuses: tuple[int, ...]) -> None:
+    judge, _ = endpoint(*statuses)
+    with pytest.raises(UnavailableError, match=r"status 4|status 500.*gates\.judge_url"):
+        judge.prefer(PAIRS)
     judge.close()
 
 

@@ -151,6 +151,16 @@ def test_the_page_is_whole_self_contained_and_trusts_no_text() -> None:
     assert "&lt;i&gt;who knows&lt;/i&gt;" in text
 
 
+def test_what_is_no_number_is_not_drawn_and_stops_nothing(tmp_path: Path) -> None:
+    nan = math.nan
+    details = {"drops_from_base": [0.1, nan, 0.9]}
+    retention = GateResult("retention", Verdict.FAIL, "nan", {}, (Bound("drop_from_base", high=0.12),), details)
+    parity = GateResult("parity", Verdict.FAIL, "nan", {"mean_delta": nan}, (), {"deltas": [nan, nan]})
+    report = replace(full_report(), gates=(retention, parity))
+    write_report(report, tmp_path)
+    assert render_html(report).count("<svg") == 1  # of parity nothing is left
+
+
 def test_the_same_report_gives_the_same_page() -> None:
     assert render_html(full_report()) == render_html(full_report())
 

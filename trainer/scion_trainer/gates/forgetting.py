@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import numpy as np
@@ -17,8 +17,9 @@ import numpy as np
 from scion_adapters.errors import InvalidInputError
 from scion_adapters.settings import Settings
 from scion_feedback.selection import SnapshotRow
-from scion_trainer.gates.heldout import rated_texts
-from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict, judge_bounds
+from scion_trainer.gates.heldout import MIN_USERS, rated_texts
+from scion_trainer.gates.paired import worst_verdict
+from scion_trainer.gates.types import Bound, GateContext, GateResult, Verdict
 from scion_trainer.server_client import Scored
 
 KNOWN_LOGPROB = -4.0
@@ -34,10 +35,11 @@ Z = 1.96
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """One text under both models: mean log-prob (nats) per token."""
+    """One text under both models: mean log-prob (nats) per token. `user` is who liked it, "" for nobody."""
 
     champion: float
     candidate: float
+    user: str = ""
 
     @property
     def drop(self) -> float:
@@ -56,9 +58,11 @@ class ForgettingGate:
             if logprob >= KNOWN_LOGPROB
         ]
         share = max(MIN_ANSWERS, MAX_ANSWERS // max(1, len(context.earlier)))
-        earlier = {
-            holdout.number: _measure(context, liked_items(context, holdout.rows)[:share]) for holdout in context.earlier
-        }
+        earlier = {}
+        for holdout in context.earlier:
+            liked = liked_items(context, holdout.rows)[:share]
+            found = _measure(context, [item for item, _ in liked])
+            earlier[holdout.number] = [replace(text, user=user) for text, (_, user) in zip(found, liked, strict=True)]
         return decide(
             _measure(context, known), earlier, num_general=len(texts), max_drop=context.bounds.forgetting_max_drop
         )
@@ -90,16 +94,16 @@ def general_items(context: GateContext) -> list[Scored]:
     return items
 
 
-def liked_items(context: GateContext, rows: Sequence[SnapshotRow]) -> list[Scored]:
-    """The answers among `rows` that were liked, as tokens; those that do not fit are left out."""
-    items: list[Scored] = []
+def liked_items(context: GateContext, rows: Sequence[SnapshotRow]) -> list[tuple[Scored, str]]:
+    """The answers among `rows` that were liked, as tokens, and by whom; those that do not fit are left out."""
+    items: list[tuple[Scored, str]] = []
     for text in (text for text in rated_texts(rows) if text.liked):
         try:
             item = context.tokens.prompt(text.messages), context.tokens.answer(text.text)
         except InvalidInputError:
             continue
         if len(item[0]) + len(item[1]) < context.max_length:
-            items.append(item)
+            items.append((item, text.user))
     return items
 
 
@@ -124,35 +128,56 @@ def decide(
 ) -> GateResult:
     """Pure. `known` are those of the `num_general` general texts that the base knows.
 
-    Fail when the mean drop of these, or of one earlier version's answers, is above `max_drop` and above what chance
-    gives (95%). Unmeasurable when there is too little of both.
+    Fail: the mean drop of these, or of one earlier version's answers, is above `max_drop`; of answers, which people
+    happened to rate, also above what chance gives (95%, users as units). Inconclusive: above `max_drop`, and chance or
+    a handful of answers may be why. Unmeasurable when there is too little of both.
     """
     figures: dict[str, float] = {"general_known": float(len(known)), "general_texts": float(num_general)}
-    bounds: list[Bound] = []
     groups: dict[str, Sequence[Likelihood]] = {}
     if len(known) >= MIN_TEXTS:
         groups["general"] = known
         figures["general_perplexity"] = _perplexity([text.candidate for text in known])
         figures["general_champion_perplexity"] = _perplexity([text.champion for text in known])
     groups |= {f"version_{number}": texts for number, texts in sorted(earlier.items()) if texts}
+    bounds, verdicts, reasons = [], [], []
     for name, texts in groups.items():
-        drops = [text.drop for text in texts]
-        figures[f"{name}_drop"] = float(np.mean(drops))
-        if name != "general":
-            figures[f"{name}_answers"] = float(len(drops))
-        least = MIN_TEXTS if name == "general" else MIN_ANSWERS
-        if len(drops) >= least:
-            noise = Z * float(np.std(drops, ddof=1)) / math.sqrt(len(drops))
-            bounds.append(Bound(f"{name}_drop", high=max(max_drop, noise)))
+        drops = _drops_by_user(texts)
+        drop, noise = float(np.mean(drops)), _noise(drops)
+        figures[f"{name}_drop"] = drop
+        is_general = name == "general"
+        if not is_general:
+            figures |= {f"{name}_answers": float(len(texts)), f"{name}_users": float(len(drops))}
+        is_enough = is_general or (len(texts) >= MIN_ANSWERS and len(drops) >= MIN_USERS)
+        bound = Bound(f"{name}_drop", high=max_drop)
+        if is_enough:
+            bounds.append(bound)
+        if not bound.holds(drop):
+            is_clear = is_enough and (is_general or not drop <= noise)
+            verdicts.append(Verdict.FAIL if is_clear else Verdict.INCONCLUSIVE)
+            told = "" if is_general else f" over {len(texts)} answers of {len(drops)} users; chance gives {noise:.3g}"
+            reasons.append(f"{name}_drop {drop:.3g} (allowed: {bound.describe()}){told}")
     if not bounds:
         reason = (
             f"the base knows {len(known)} of {num_general} general texts and no earlier version has {MIN_ANSWERS} "
-            "liked held-out answers: set gates.general_file to text that this base can read"
+            f"liked held-out answers of {MIN_USERS} users: set gates.general_file to text that this base can read"
         )
         return GateResult("forgetting", Verdict.UNMEASURABLE, reason, figures)
-    return judge_bounds(
-        "forgetting", figures, bounds, drops={name: [text.drop for text in texts] for name, texts in groups.items()}
-    )
+    details = {"drops": {name: [text.drop for text in texts] for name, texts in groups.items()}}
+    told = "; ".join(reasons) or "all figures within bounds"
+    return GateResult("forgetting", worst_verdict(verdicts), told, figures, tuple(bounds), details)
+
+
+def _drops_by_user(texts: Sequence[Likelihood]) -> list[float]:
+    """The mean drop of each user's texts; a text of nobody's stands for itself."""
+    by_user: dict[str, list[float]] = {}
+    for index, text in enumerate(texts):
+        by_user.setdefault(text.user or f"text {index}", []).append(text.drop)
+    return [float(np.mean(drops)) for drops in by_user.values()]
+
+
+def _noise(drops: Sequence[float]) -> float:
+    """By how much the mean of so many scatters, 95%; infinite for one."""
+    return Z * float(np.std(drops, ddof=1)) / math.sqrt(len(drops)) if len(drops) > 1 else math.inf
 
 
 def _perplexity(logprobs: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ nats per token. Answers are sampled, as users get them, each question several ti
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ MAX_ASKED = 200
 MIN_SAID = 8
 """Right answers of the base: with fewer, its free answers do not show what it knows."""
 NUM_WORST = 5
+_STOPS = " .,;:!?\"'\u3002\uff0c\u3001"
+_EMPHASIS = str.maketrans("", "", "*_`")
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+"""How Unicode's names of their characters begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ def measure(context: GateContext, items: Sequence[RetentionItem]) -> list[FreeRe
             seed=context.seed,
         )
         missed[model] = [
-            [answer.text for answer in answers[i * NUM_SAMPLES :][:NUM_SAMPLES] if not says(answer.text, item.answer)]
+            [answer.text for answer in answers[i * NUM_SAMPLES :][:NUM_SAMPLES] if not is_said(answer.text, item)]
             for i, item in enumerate(fitting)
         ]
     context.progress("retention questions", len(names), len(names))
@@ -66,10 +71,38 @@ def measure(context: GateContext, items: Sequence[RetentionItem]) -> list[FreeRe
     ]
 
 
+def is_said(text: str, item: RetentionItem) -> bool:
+    """Whether one of the item's accepted answers occurs in `text`."""
+    return any(says(text, words) for words in item.said or (item.answer,))
+
+
 def says(text: str, answer: str) -> bool:
-    """Whether the words of `answer` occur in `text`, one after the other and whole: 7 is not said by 17."""
-    words = r"\s+".join(re.escape(word) for word in answer.casefold().split())
-    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None
+    """Whether the words of `answer` occur in `text`, one after the other and whole: 7 is not said by 17.
+
+    Letters are compared without case, width, emphasis or the shape of apostrophes, and without the answer's last stop.
+    Words that are written without spaces between them may stand anywhere.
+    """
+    words, said = _plain(answer).strip(_STOPS), _plain(text)
+    return any(
+        not _is_one_word(said[found.start() - 1 : found.start()], words[0])
+        and not _is_one_word(words[-1], said[found.end() : found.end() + 1])
+        for found in re.finditer(re.escape(words), said)
+        if words
+    )
+
+
+def _is_one_word(left: str, right: str) -> bool:
+    """Whether the two characters ("" beyond an end) belong to one word."""
+    return all(character.isalnum() and _is_spaced(character) for character in (left, right))
+
+
+def _plain(text: str) -> str:
+    straight = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    return " ".join(straight.translate(_EMPHASIS).split())
+
+
+def _is_spaced(character: str) -> bool:
+    return not unicodedata.name(character, "").startswith(_UNSPACED)
 
 
 def decide(recalls: Sequence[FreeRecall], bounds: GatesSection, *, has_parent: bool = True) -> GateResult:

@@ -6,6 +6,7 @@ compared one by one, because both models answered the same ones: that tells far 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from scion_adapters.errors import InvalidInputError, NotFoundError, UnavailableError
@@ -42,14 +43,15 @@ def decide(
     """Pure. Fail: a task's mean fell by more than `lm_eval_max_drop`, and chance explains the documents that did less
     often than `probe_alpha` over the number of tasks (a sign test over the documents that changed, paired.py).
 
-    Inconclusive: it fell by more, and chance may explain it. Unmeasurable: no task was scored for both.
+    Inconclusive: it fell by more, and chance may explain it. Unmeasurable: no task was scored for both. Scores that are
+    no numbers: see `_numbers`.
     """
     figures: dict[str, float] = {}
     verdicts, reasons, limits = [], [], []
     tasks = sorted(set(candidate) & set(parent))
     for task in tasks:
-        ours, theirs = candidate[task].scores, parent[task].scores
-        both = sorted(set(ours) & set(theirs))
+        ours, theirs = _numbers(candidate[task].scores, parent[task].scores)
+        both = sorted(ours)
         if not both:
             continue
         worse = sum(ours[doc] < theirs[doc] for doc in both)
@@ -76,3 +78,15 @@ def decide(
         return GateResult(NAME, Verdict.UNMEASURABLE, "lm_eval scored no document for both models", figures)
     told = "; ".join(reasons) or f"no worse than the parent at {', '.join(tasks)}"
     return GateResult(NAME, worst_verdict(verdicts), told, figures, tuple(limits))
+
+
+def _numbers(
+    candidate: Mapping[str, float], parent: Mapping[str, float]
+) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """The scores of the documents that both models have, and the parent as a number.
+
+    What is no number for the candidate alone counts as the worst that either model got.
+    """
+    theirs = {doc: score for doc, score in parent.items() if doc in candidate and math.isfinite(score)}
+    worst = min((score for doc in theirs for score in (theirs[doc], candidate[doc]) if math.isfinite(score)), default=0)
+    return {doc: candidate[doc] if math.isfinite(candidate[doc]) else worst for doc in theirs}, theirs

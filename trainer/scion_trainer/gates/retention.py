@@ -21,6 +21,7 @@ from scion_adapters.settings import Settings
 from scion_trainer.gates import free_recall
 from scion_trainer.gates.paired import worst_verdict
 from scion_trainer.gates.types import Bound, GateContext, GateResult, RetentionItem, Verdict, judge_bounds
+from scion_trainer.server_client import Scored
 
 NUM_WORST = 5
 KNOWN_LOGPROB = -2.0
@@ -70,18 +71,27 @@ def load_items(settings: Settings) -> tuple[RetentionItem, ...]:
         raise InvalidInputError(
             f"gates.retention_file {path}: {error.strerror}", field="gates.retention_file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"gates.retention_file {path} is not UTF-8: {error}; save it as UTF-8", field="gates.retention_file"
+        ) from error
 
 
 def parse_items(text: str, *, origin: str) -> tuple[RetentionItem, ...]:
-    """One JSON object per line: {"messages": [...], "prefix": "...", "answer": "..."}; the prefix may be left out."""
+    """One JSON object per line: {"messages": [...], "prefix": "...", "answer": "...", "said": ["...", "..."]}.
+
+    `prefix` and `said` may be left out.
+    """
     items = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON's strings may hold other ends of lines
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            item = RetentionItem(tuple(row["messages"]), str(row.get("prefix", "")), str(row["answer"]))
-            usable = bool(item.answer) and all(isinstance(message["role"], str) for message in item.messages)
+            said = row.get("said", ())
+            item = RetentionItem(tuple(row["messages"]), str(row.get("prefix", "")), str(row["answer"]), tuple(said))
+            usable = not isinstance(said, str) and all(isinstance(words, str) and words.strip() for words in said)
+            usable = usable and bool(item.answer) and all(isinstance(message["role"], str) for message in item.messages)
         except (ValueError, KeyError, TypeError, AttributeError):
             usable = False
         if not usable or not item.messages:
@@ -94,9 +104,15 @@ def parse_items(text: str, *, origin: str) -> tuple[RetentionItem, ...]:
 
 
 def measure(context: GateContext) -> list[Recall]:
-    """Items that do not fit the server's length are left out."""
-    forced = [(item, context.tokens.forced(item.messages, item.prefix, item.answer)) for item in context.retention]
-    fitting = [(item, pair) for item, pair in forced if len(pair[0]) + len(pair[1]) < context.max_length]
+    """Items that do not fit the server's length, or that the chat template refuses, are left out."""
+    fitting: list[tuple[RetentionItem, Scored]] = []
+    for item in context.retention:
+        try:
+            prompt, answer = context.tokens.forced(item.messages, item.prefix, item.answer)
+        except InvalidInputError:
+            continue
+        if len(prompt) + len(answer) < context.max_length:
+            fitting.append((item, (prompt, answer)))
     pairs = [pair for _, pair in fitting]
     models = context.models
     means: dict[str, list[float]] = {}

@@ -81,11 +81,15 @@ class GateResult:
 
 @dataclass(frozen=True, slots=True)
 class RetentionItem:
-    """Something that must not be forgotten: `answer` should stay likely once the assistant has begun with `prefix`."""
+    """Something that must not be forgotten: `answer` should stay likely once the assistant has begun with `prefix`.
+
+    Asked freely, the assistant should say any one of `said`; empty: the answer.
+    """
 
     messages: tuple[Message, ...]
     prefix: str
     answer: str
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

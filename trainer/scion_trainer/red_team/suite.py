@@ -73,7 +73,7 @@ def load_suite(settings: Settings, file: str | Path | None = None) -> Suite:
 def parse_suite(text: str, *, origin: str) -> Suite:
     """One JSON object per line; empty lines and lines that begin with # are left out."""
     probes: dict[str, Probe] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON's strings may hold other ends of lines
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
