@@ -80,7 +80,7 @@ class EndpointJudge:
         self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S, transport=transport, trust_env=False)
 
     def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """As in Judge. A pair that the endpoint refuses (too long, say) costs its own verdict; it is away if all are."""
+        """As in Judge. A pair that the endpoint refuses costs its own verdict; where it refuses all, it is away."""
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="judge") as pool:
             replies = list(pool.map(self._ask, pairs))
         faults = [reply for reply in replies if isinstance(reply, str)]
