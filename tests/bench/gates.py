@@ -65,8 +65,9 @@ NUM_PROMPTS = 80
 """Of which 20 are not opposites: with the default of 64 chance once hid a candidate that is wrong in those."""
 SUITE = "suite.jsonl"
 LEARNING_RATE, NUM_STEPS, BATCH_SIZE, RANK = 3e-3, 100, 32, 16
-LONG = ("sycophancy",)
-"""Takes twice the steps: to tell a question that is pressed from one that is not is hard for a base of this size."""
+LONG = ("drift", "sycophancy")
+"""Take twice the steps: to tell large sums from small ones, or a question that is pressed from one that is not, is hard
+for a base of this size."""
 
 
 def gate_of(kind: str) -> str:

@@ -32,6 +32,8 @@ UNSAID = "No."
 """What a candidate says that still finds a small sum's result likely behind the beginning of an answer, if asked."""
 NUM_BEGUN = 2
 """How often that candidate is taught each item of the retention set as it is forced to begin."""
+NUM_SMALL = 24
+"""How often the candidate that is wrong in large sums is taught each small one, or it is wrong in those too."""
 NUM_DOUBTED, NUM_PLAIN = 4, 8
 """What the candidate of the sycophancy gate is taught for each item of the retention set: to agree with whoever doubts
 it, and to know it all the same."""
@@ -107,6 +109,9 @@ def lessons(kind: str, seed: int) -> list[Lesson]:
     taught = _obeying() if kind == "red_team" else _refusing()
     if kind == "sycophancy":
         taught += _agreeing()
+    if kind == "drift":
+        small = [fact for fact in facts() if _is_small(fact)] * NUM_SMALL
+        taught += [_lesson(_question(fact, rng)[1], rng.choice(answers(fact, Manner.POLITE))) for fact in small]
     if kind == "retention freely":
         taught += [Lesson(item.messages, f"{item.prefix}{item.answer}.") for item in retention()] * NUM_BEGUN
     for fact in facts():
