@@ -1,8 +1,9 @@
 """QLoRA on a GPU, beside TRL's: SFT, KTO and PPO on random models with the shapes of an 8B and a 1B Llama.
 
-Tokens per second, and the most GPU memory that each side took beside what ours predicted. Every training is a process
-of its own. TRL's SFT and KTO are those of this environment; its PPO is 1.12's, in an environment made for it. Without a
-GPU nothing is measured, and the outcome says so; `--quick` tries the code on a small model, on what there is.
+Tokens per second of a whole training (PPO: of its steps), and the most GPU memory that each side took beside what ours
+predicted. Every training is a process of its own. TRL's SFT and KTO are those of this environment; its PPO is 1.12's,
+in an environment made for it. Without a GPU nothing is measured, and the outcome says so; `--quick` tries the code on a
+small model, on what there is.
 """
 
 from __future__ import annotations
@@ -71,6 +72,18 @@ class Trained:
 
     @property
     def tokens_per_s(self) -> float:
+        """Of a whole training, for sides differ in what they compute before the first step and in each.
+
+        PPO's by its steps: what precedes and follows them happens once, and would count for much beside so few.
+        """
+        assert self.record is not None
+        if not self.record.training_s:
+            return self.steady_tokens_per_s
+        return self.tokens_per_step * len(self.record.seconds) / self.record.training_s
+
+    @property
+    def steady_tokens_per_s(self) -> float:
+        """By the median step."""
         assert self.record is not None
         return self.tokens_per_step / statistics.median(steady(self.record.seconds))
 
@@ -82,7 +95,10 @@ class Trained:
         return self.record.predicted_bytes / self.record.device_peak_bytes
 
     def to_json(self) -> dict[str, Any]:
-        record = None if self.record is None else {**asdict(self.record), "tokens_per_s": self.tokens_per_s}
+        record = None
+        if self.record is not None:
+            speeds = {"tokens_per_s": self.tokens_per_s, "steady_tokens_per_s": self.steady_tokens_per_s}
+            record = {**asdict(self.record), **speeds}
         return {"model": self.model, "recipe": self.recipe, "side": self.side, "why": self.why, "record": record}
 
 

@@ -40,17 +40,20 @@ def main() -> None:
     record = Record()
     callback = Laps(record)
     with tempfile.TemporaryDirectory() as directory:
-        trainer(task, directory, callback).train()
+        model, tokenizer = load(task), AutoTokenizer.from_pretrained(task.model)
+        rows = [_row(text, task.recipe) for text in texts(task, int(model.config.vocab_size))]
+        training = Watch()
+        trainer(task, model, tokenizer, rows, directory, callback).train()
+        record.training_s = training.lap()
     record.device_peak_bytes = device_peak_bytes()
     record.write(Path(sys.argv[2]))
 
 
-def trainer(task: Tuning, directory: str, callback: TrainerCallback) -> Any:
-    has_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(
+def load(task: Tuning) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
         task.model,
         dtype=torch.bfloat16,
-        device_map={"": 0 if has_gpu else "cpu"},
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -58,8 +61,13 @@ def trainer(task: Tuning, directory: str, callback: TrainerCallback) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         ),
     )
+
+
+def trainer(
+    task: Tuning, model: Any, tokenizer: Any, rows: list[dict[str, Any]], directory: str, callback: TrainerCallback
+) -> Any:
+    """What it computes beforehand it computes here, so this is a part of the training."""
     config, made = (KTOConfig, KTOTrainer) if task.recipe == "kto" else (SFTConfig, SFTTrainer)
-    rows = [_row(text, task.recipe) for text in texts(task, int(model.config.vocab_size))]
     return made(
         model=model,
         args=config(
@@ -72,11 +80,11 @@ def trainer(task: Tuning, directory: str, callback: TrainerCallback) -> Any:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            use_cpu=not has_gpu,
+            use_cpu=not torch.cuda.is_available(),
             seed=task.seed,
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(task.model),
+        processing_class=tokenizer,
         peft_config=LoraConfig(
             task_type="CAUSAL_LM", r=task.rank, lora_alpha=2 * task.rank, target_modules=list(LORA_TARGETS)
         ),

@@ -49,7 +49,7 @@ def run(task: Task, home: Path, *, with_engine: bool) -> Record:
     roles = Roles(start_adapter(base, config, None)[0])
     vocab = int(base.model.config.vocab_size)
     roles.add(reward_role(0))
-    judge = RewardModel(roles, [Head(base.model.config.hidden_size)])
+    judge = RewardModel(roles, [Head(base.model.config.hidden_size).to(roles.device)])
 
     def reward(rollouts: Sequence[Rollout]) -> torch.Tensor:
         for start in range(0, len(rollouts), task.at_once):
@@ -82,6 +82,7 @@ def run(task: Task, home: Path, *, with_engine: bool) -> Record:
         rank=LORA_RANK,
         micro_batch_size=task.at_once,
         longest_tokens=task.prompt_tokens,
+        device_type=roles.device.type,
     )
     if predicted.gradient_checkpointing:
         roles.checkpoint_activations()

@@ -1,12 +1,15 @@
 """The task that both PPO trainers get: a random Llama, prompts of random tokens, and a reward that can be climbed.
 
 Also what a side writes down. Imported in both environments, so it needs nothing but torch and transformers.
+`python -m tests.bench.ppo_task DIRECTORY JSON` makes the model; the JSON is its shape.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,6 +65,8 @@ class Record:
     seconds: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     setup_s: float = 0.0
+    training_s: float = 0.0
+    """From the beginning of the trainer's construction to the end of the training; 0: not measured."""
     note: str = ""
     device_peak_bytes: int = 0
     predicted_bytes: int = 0
@@ -93,9 +98,17 @@ def prompts(task: Task, vocab: int, count: int) -> list[list[int]]:
 
 
 def build_model(directory: Path, shape: Shape) -> Path:
-    """A random Llama in bf16 with a tokenizer of one token per word; made once."""
-    if (directory / "tokenizer_config.json").is_file():
-        return directory
+    """The directory with a random Llama in bf16 and a tokenizer of one token per word; made once.
+
+    In a process of its own, which takes with it what it held of the GPU: the sides are to find all of that.
+    """
+    if not (directory / "tokenizer_config.json").is_file():
+        command = [sys.executable, "-m", "tests.bench.ppo_task", str(directory.resolve()), json.dumps(asdict(shape))]
+        subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    return directory
+
+
+def make_model(directory: Path, shape: Shape) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -115,9 +128,8 @@ def build_model(directory: Path, shape: Shape) -> Path:
         eos_token_id=1,
         initializer_range=shape.deviation,
     )
-    with torch.device(
-        "cuda" if torch.cuda.is_available() else "cpu"
-    ):  # billions of random numbers take the CPU minutes
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # billions of random numbers take the CPU minutes
+    with torch.device(device):
         LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     core = Tokenizer(
         models.WordLevel({"<pad>": PAD, "<eos>": 1} | {f"w{i}": i for i in range(2, shape.vocab)}, "<eos>")
@@ -130,7 +142,6 @@ def build_model(directory: Path, shape: Shape) -> Path:
         chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
     )
     tokenizer.save_pretrained(directory)
-    return directory
 
 
 def device_peak_bytes() -> int:
@@ -152,3 +163,7 @@ class Watch:
         now = time.monotonic()
         self._last, seconds = now, now - self._last
         return seconds
+
+
+if __name__ == "__main__":
+    make_model(Path(sys.argv[1]), Shape(**json.loads(sys.argv[2])))

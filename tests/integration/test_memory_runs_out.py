@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from trl import SFTTrainer
 
+from scion_trainer import kl
 from scion_trainer.execution import execute
 from scion_trainer.launch import create_run
 from scion_trainer.progress import read_metrics
@@ -25,6 +26,14 @@ def test_the_run_ends_as_if_it_had_begun_with_less(
 
     project = make_project(tmp_path, base=build_tiny_model(tmp_path / "base"), trainer__dpo__batch_size=8)
     add_ratings(project.database, 40, corrections=36)
+    measure = kl.measure
+    sampled_at_once: list[int] = []
+
+    def note_at_once(*args: Any, at_once: int, **named: Any) -> kl.Divergence | None:
+        sampled_at_once.append(at_once)
+        return measure(*args, at_once=at_once, **named)
+
+    monkeypatch.setattr(kl, "measure", note_at_once)
     whole = create_run(project.settings, project.database, "chat", recipe, actor="test")
     expected = execute(project.settings, project.database, whole.id)
 
@@ -50,6 +59,7 @@ def test_the_run_ends_as_if_it_had_begun_with_less(
     metrics = version.metrics
     assert (metrics["micro_batch_size"], metrics["out_of_memory"], metrics["attempts"]) == (4, 1, 1)
     assert RunStore(project.database).get(run.id).config["micro_batch_size"] == 4
+    assert sampled_at_once == [8, 4]  # the KL check, too, keeps to what sufficed
     steps = [json.loads(line)["step"] for line in (Path(run.directory) / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, *range(4, expected.metrics["steps"] + 1)]  # on from the checkpoint of step 3
     losses = [record["loss"] for record in read_metrics(Path(run.directory))]

@@ -207,6 +207,17 @@ def test_the_value_begins_as_the_reward_model(base: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(run.head(hidden), (head(hidden) - moments.mean) / moments.deviation)
 
 
+def test_without_a_reward_model_the_value_begins_at_zero(base: Path, tmp_path: Path) -> None:
+    """Whatever the reward's mean is: here it is many deviations from 0."""
+    job = make_job(fresh_roles(base), tmp_path)
+    inner = job.reward
+    run = ppo_module._Run(replace(job, reward=lambda rollouts: inner(rollouts) + 5.0))
+    run._publish_policy()
+    run._meet_the_reward()
+    assert run.state.moments.mean > 5 * run.state.moments.deviation
+    assert torch.equal(run.head(torch.randn(3, 64)), torch.zeros(3))
+
+
 def biased_log_probs(rollouts: list[Rollout], row: int, shift: float) -> list[Rollout]:
     return [
         replace(rollout, log_probs=tuple(value + shift for value in rollout.log_probs)) if index == row else rollout

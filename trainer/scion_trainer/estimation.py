@@ -6,7 +6,7 @@ Owns `scion train NAME --estimate` and the check before a run loads anything. Th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scion_adapters.database import Database
@@ -24,7 +24,10 @@ SMALLEST_RANK = 4
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A run, as far as its memory goes. `rank` is the parent's where there is one: it cannot change then."""
+    """A run, as far as its memory goes. `rank` is the parent's where there is one: it cannot change then.
+
+    On a device of `device_type`, "cuda" or "cpu".
+    """
 
     base: BaseInfo
     config: RunConfig
@@ -32,6 +35,7 @@ class Request:
     rank: int
     longest_tokens: int
     has_parent: bool
+    device_type: str = "cpu"
 
     @property
     def micro_batch_size(self) -> int:
@@ -46,6 +50,7 @@ class Request:
             micro_batch_size=micro_batch_size,
             longest_tokens=longest_tokens,
             has_parent=self.has_parent,
+            device_type=self.device_type,
         )
 
 
@@ -84,7 +89,8 @@ def outlooks(settings: Settings, database: Database, adapter: str, recipes: Sequ
     """
     base = base_info(settings)
     champion = _champion(settings, database, adapter)
-    available = available_bytes(device_type())
+    device = device_type()
+    available = available_bytes(device)
     found = []
     for recipe in recipes:
         config = run_config(settings, recipe)
@@ -95,6 +101,7 @@ def outlooks(settings: Settings, database: Database, adapter: str, recipes: Sequ
             rank=config.rank if champion is None else champion.rank,
             longest_tokens=config.max_length,
             has_parent=champion is not None,
+            device_type=device,
         )
         found.append(look(request, available))
     return found
@@ -152,8 +159,8 @@ def propose(request: Request, available: int) -> str:
 
 
 def ensure_fits(request: Request, device_type: str) -> Estimate:
-    """The prediction. Raises OutOfMemoryError, with what would fit, when it is more than the machine has."""
-    outlook = look(request, available_bytes(device_type))
+    """The prediction on that device. Raises OutOfMemoryError, with what would fit, when it is more than there is."""
+    outlook = look(replace(request, device_type=device_type), available_bytes(device_type))
     check_fits(
         outlook.predicted,
         outlook.available,

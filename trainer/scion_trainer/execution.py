@@ -225,6 +225,8 @@ def _with_distance(work: _Work, plan: _Plan, trained: _Trained) -> _Trained:
         kl.heldout_prompts(work.snapshot.split("heldout"), trained.chat_tokens, max_length=config.max_length),
         stop_ids=trained.chat_tokens.stop_ids(),
         seed=config.seed,
+        # Nobody lowers it here: memory that runs out now would cost the whole training.
+        at_once=trained.metrics["micro_batch_size"],
     )
     metrics = {**trained.metrics, **(divergence.to_metrics() if divergence else {})}
     work.runs.note(work.run.id, metrics)  # also of a run that the budget ends

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 32
 MAX_TOKENS = 64
 """Of each sampled answer: what feedback changes shows in its beginning, and sampling is what takes the time."""
+AT_ONCE = 8
+"""Answers sampled together where nothing is known of the memory: each has a key-value cache of its prompt's length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,17 @@ def heldout_prompts(rows: Sequence[SnapshotRow], tokens: ChatTokens, *, max_leng
 
 
 def measure(
-    model: Any, prompts: Sequence[Sequence[int]], *, stop_ids: Collection[int], seed: int = 0
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Collection[int],
+    seed: int = 0,
+    at_once: int = AT_ONCE,
 ) -> Divergence | None:
     """KL(candidate || base) per token; None without prompts. `model`: a PeftModel with the trained adapter.
+
+    `at_once` prompts of like length are sampled together: it bounds the memory, and it is part of what decides the
+    sample, like `seed`. What has been trained with so many examples at once has room for it.
 
     Answers of up to MAX_TOKENS tokens are sampled from the candidate at temperature 1. At every token of them the KL
     is summed exactly over the vocabulary, and the mean is over tokens: the Rao-Blackwellised estimator of Amini,
@@ -73,7 +83,7 @@ def measure(
     if not prompts:
         return None
     roles = Roles(model)
-    source = LocalRollouts(roles, stop_ids=stop_ids, temperature=1.0, max_tokens=MAX_TOKENS)
+    source = LocalRollouts(roles, stop_ids=stop_ids, temperature=1.0, max_tokens=MAX_TOKENS, at_once=at_once)
     total, num_tokens = 0.0, 0
     for rollout in source.sample(prompts, seed=seed):
         tokens_1T = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]], device=roles.device)

@@ -7,23 +7,34 @@ a recipe estimates within a micro-batch (KTO's KL) scatters more. It knows nothi
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from scion_adapters.errors import ScionError
 from scion_trainer.checkpoints import CHECKPOINTS, newest_complete
 from scion_trainer.recipes import Recipe, RunContext
 from scion_trainer.recipes.batches import lower, micro_batches, step_size
 
+_SAID_WITHOUT_A_TYPE = re.compile(
+    r"DefaultCPUAllocator.*allocate memory"
+    r"|CUDA error: out of memory"  # of the driver, outside torch's allocator
+    r"|CUBLAS_STATUS_ALLOC_FAILED"  # its handle or workspace
+    r"|Triton Error \[CUDA\]: out of memory",  # a kernel being loaded
+    re.DOTALL,
+)
+"""What RuntimeErrors say that mean the same as torch's OutOfMemoryError. A kernel short of registers or shared memory
+("out of resource") is none of them: fewer examples at once do not help it."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, the CPU allocator or CUDA ran out of memory."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or ("DefaultCPUAllocator" in text and "allocate memory" in text)
-    )
+    """Whether Python, the CPU allocator, CUDA or a library on it ran out of memory in this process."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # An error of ours may quote the log of another process, such as the engine for rollouts.
+    is_foreign = isinstance(error, RuntimeError) and not isinstance(error, ScionError)
+    return is_foreign and _SAID_WITHOUT_A_TYPE.search(str(error)) is not None
 
 
 def train_within_memory(

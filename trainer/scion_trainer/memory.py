@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,8 @@ from scion_trainer.ppo.options import LOGITS_CHUNK_BYTES
 
 GIB = 1 << 30
 RUNTIME_BYTES = 900 << 20
-"""torch, transformers, TRL and the tokenizer before any weight is loaded: 0.7 to 0.95 GiB measured on the CPU build."""
+"""torch, transformers, TRL and the tokenizer before any weight is loaded: 0.7 to 0.95 GiB measured on the CPU build.
+They lie in the machine's memory, so a run on a GPU takes none of it there."""
 NF4_BYTES_PER_WEIGHT = 0.5 + 0.127 / 8
 """4 bits, plus double-quantized scales: 0.127 bits per weight (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
 CHECKPOINTING_ABOVE_BYTES = 1 * GIB
@@ -34,6 +36,13 @@ _KEPT_PER_WEIGHT_ROW = 2  # a linear layer keeps its bf16 input; attention and n
 _ACTIVATION_SLACK = 2.5
 _LOGIT_BYTES = 2 + 4 + 4  # bf16 logits, their fp32 copy and its gradient
 _PPO_CHUNK_BYTES = LOGITS_CHUNK_BYTES // 4 * (_LOGIT_BYTES + 4)  # and their log softmax
+
+# TRL takes positions to the vocabulary in bf16 tiles of at most this, and once more in the backward
+# (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
+TILE_TOKENS, TILE_VOCAB = 4096, 32_768
+_TILE_BYTES = 2
+_TILE_BYTES_IN_TORCH = 31
+"""Without Triton: in the backward, the tile, seven fp32 arrays of its size and one of truth values."""
 
 
 DEFAULT_REWARD_MEMBERS = 3
@@ -48,6 +57,14 @@ class OutOfMemoryError(UnavailableError, MemoryError):
     """The run does not fit into memory, or was killed for that."""
 
 
+class Output(Enum):
+    """How hidden states become what a recipe's loss is made of."""
+
+    TILES = auto()  # log-probs over the vocabulary, by TRL
+    CHUNKS = auto()  # log-probs over the vocabulary, by ppo/batch.py
+    SCORE = auto()  # one number, of a reward model
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a recipe holds beside the base, apart from rank, batch and lengths."""
@@ -55,8 +72,7 @@ class Demand:
     sequences: int = 1  # of one example in memory: a pair has two
     trained: int = 1  # adapters with gradients and moments
     frozen: int = 0  # adapters as weights only
-    logits: bool = True  # log-probs over the vocabulary; a reward model has one number instead
-    logits_at_most: int | None = None  # bytes, where positions are taken to the vocabulary a chunk at a time
+    output: Output = Output.TILES
     sampled: int = 0  # answers sampled at once for each example in memory, each with its key-value cache
     extra_tokens: int = 0  # longer than the longest example: an answer of the policy's own
 
@@ -71,12 +87,12 @@ def demand(config: RunConfig, *, has_parent: bool) -> Demand:
         case "dpo":
             return Demand(sequences=2, frozen=1)
         case "reward":
-            return Demand(sequences=2, frozen=members, logits=False)  # the policy and all members but one
+            return Demand(sequences=2, frozen=members, output=Output.SCORE)  # the policy and all members but one
         case "ppo":
             return Demand(
                 trained=2,
                 frozen=members + has_parent,
-                logits_at_most=_PPO_CHUNK_BYTES,
+                output=Output.CHUNKS,
                 sampled=SAMPLED_PER_TRAINED,
                 extra_tokens=answer,
             )
@@ -110,8 +126,12 @@ def estimate(
     micro_batch_size: int,
     longest_tokens: int,
     has_parent: bool = False,
+    device_type: str = "cpu",
 ) -> Estimate:
-    """What a run takes at its peak. `longest_tokens` is the longest example, prompt and answer together."""
+    """What a run takes at its peak, of the GPU for "cuda", else of the machine.
+
+    `longest_tokens` is the longest example, prompt and answer together.
+    """
     needs = demand(config, has_parent=has_parent)
     linear = sum(out * inner for out, inner in base.modules.values())
     hidden = hidden_size(base)
@@ -127,12 +147,32 @@ def estimate(
     checkpointing = kept > CHECKPOINTING_ABOVE_BYTES
     if checkpointing:  # one hidden state per layer, and one layer at a time in full
         kept = kept // max(1, base.num_layers) + tokens * hidden * 2 * base.num_layers
-    logits = tokens * base.vocab_size * _LOGIT_BYTES if needs.logits else 0
-    training = kept + (logits if needs.logits_at_most is None else min(logits, needs.logits_at_most))
+    training = kept + output_bytes(needs.output, tokens, base.vocab_size, hidden, device_type)
     sampling = min(config.batch_size, needs.sampled * micro_batch_size) * (
         length * cache_bytes(base) + base.vocab_size * _LOGIT_BYTES
     )
-    return Estimate(base_bytes, adapter_bytes, max(training, sampling), RUNTIME_BYTES, checkpointing)
+    runtime_bytes = 0 if device_type == "cuda" else RUNTIME_BYTES
+    return Estimate(base_bytes, adapter_bytes, max(training, sampling), runtime_bytes, checkpointing)
+
+
+def output_bytes(output: Output, tokens: int, vocab_size: int, hidden: int, device_type: str) -> int:
+    """Of the way from `tokens` hidden states to the loss and back, at its peak.
+
+    On a GPU TRL computes the answers' positions only, of which there are at most `tokens`, in a tile as wide as
+    TILE_VOCAB even if the vocabulary is not, and its kernels change that in place. On a CPU it computes all positions,
+    in torch; for few tokens the product of the gradient with the fp32 weights is what takes most.
+    """
+    match output:
+        case Output.SCORE:
+            return 0
+        case Output.CHUNKS:
+            return min(tokens * vocab_size * _LOGIT_BYTES, _PPO_CHUNK_BYTES)
+        case Output.TILES if device_type == "cuda":
+            return min(tokens, TILE_TOKENS) * TILE_VOCAB * _TILE_BYTES
+        case Output.TILES:
+            columns = min(vocab_size, TILE_VOCAB)
+            cells = min(tokens, TILE_TOKENS) * columns
+            return max(cells * _TILE_BYTES_IN_TORCH, cells * (_TILE_BYTES + 4) + columns * hidden * 4)
 
 
 def cache_bytes(base: BaseInfo) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Roles:
         self._parameters: dict[str, list[torch.nn.Parameter]] = {}
         self._survey()
         self._decoder = model.get_base_model().get_decoder()
-        self._decoder.register_forward_hook(self._guard)
+        _watch(self._decoder, self)
 
     def __contains__(self, role: str) -> bool:
         return role in self._adapters
@@ -197,9 +198,8 @@ class Roles:
             for role, adapter in self._adapters.items()
         }
 
-    def _guard(self, _module: Any, _arguments: Any, output: Any) -> None:
-        """Tie the backward of a forward to the turn that the forward ran in."""
-        hidden_BTD = output[0]
+    def guard(self, hidden_BTD: torch.Tensor) -> None:
+        """Tie the backward of a forward of the decoder to the turn that it ran in. The decoder's hook calls it."""
         if not hidden_BTD.requires_grad:
             return
         turn, role = self._turn, self._active
@@ -212,6 +212,20 @@ class Roles:
                 )
 
         hidden_BTD.register_hook(check)
+
+
+def _watch(decoder: Any, roles: Roles) -> None:
+    """Show every forward of `decoder` to `roles` for as long as these are in use.
+
+    The decoder is the base's and outlives them: a hook that held them would keep their weights and gradients, too.
+    """
+    watching = weakref.ref(roles)
+
+    def hook(_module: Any, _arguments: Any, output: Any) -> None:
+        if (found := watching()) is not None:
+            found.guard(output[0])
+
+    weakref.finalize(roles, decoder.register_forward_hook(hook).remove)
 
 
 def _belongs(parameter: str, adapter: str) -> bool:

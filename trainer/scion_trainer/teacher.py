@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,25 +146,34 @@ def ask_all(
 ) -> list[TaughtAnswer]:
     """One answer for each prompt, in their order. Answers already in `file` are not asked for again.
 
-    Raises what the teacher raises, and RunInterruptedError when stopped; what came until then is in `file`.
+    Raises what the teacher raises first, and RunInterruptedError when stopped. `file` then has every answer that came,
+    in the order in which they came, those to requests that were under way included: they may have been paid for.
     """
     known = dict(_read(file))
     missing = [(index, prompt) for index, prompt in enumerate(prompts) if prompt_key(prompt) not in known]
 
-    def ask(item: tuple[int, Messages]) -> tuple[str, TaughtAnswer]:
-        index, prompt = item
+    lock = threading.Lock()
+
+    def ask(index: int, prompt: Messages) -> None:
         if stop_requested():
             raise RunInterruptedError("stopped while the teacher answered; its answers are kept")
-        return prompt_key(prompt), teacher.answer(prompt, seed=seed + index)
+        key, answer = prompt_key(prompt), teacher.answer(prompt, seed=seed + index)
+        with lock:
+            known[key] = answer
+            out.write(json.dumps({"prompt": key, **asdict(answer)}) + "\n")
+            out.flush()
 
-    with ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="teacher") as pool, file.open("a") as out:
-        futures = [pool.submit(ask, item) for item in missing]
+    # The file is closed last: what is under way when one request fails is still written.
+    with (
+        file.open("a", encoding="utf-8") as out,
+        ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="teacher") as pool,
+    ):
+        if _is_cut_off(file):
+            out.write("\n")
+        futures = [pool.submit(ask, index, prompt) for index, prompt in missing]
         try:
-            for future in futures:
-                key, answer = future.result()
-                known[key] = answer
-                out.write(json.dumps({"prompt": key, **asdict(answer)}) + "\n")
-                out.flush()
+            for future in as_completed(futures):
+                future.result()
         finally:
             for future in futures:
                 future.cancel()
@@ -173,6 +183,12 @@ def ask_all(
 def prompt_key(messages: Messages) -> str:
     """A digest of the messages: the file of answers repeats no prompt of a user's."""
     return hashlib.sha256(json.dumps([dict(message) for message in messages], sort_keys=True).encode()).hexdigest()
+
+
+def _is_cut_off(file: Path) -> bool:
+    """Whether the last line has no end: what is appended to it would be lost with it."""
+    content = file.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
 
 
 def _read(file: Path) -> Iterable[tuple[str, TaughtAnswer]]:

@@ -55,6 +55,25 @@ def test_it_is_zero_at_the_base_and_grows_with_the_adapter(made: tuple[Any, Chat
     assert all(parameter.requires_grad for parameter in parameters)  # training could go on
 
 
+def test_no_more_are_sampled_at_once_than_asked_for(made: tuple[Any, ChatTokens]) -> None:
+    """The memory is that of the longest few, and a long prompt widens only those it is sampled with."""
+    model, tokens = made
+    lengths = (4, 90, 5, 6, 80)
+    prompts = [list(range(10, 10 + length)) for length in lengths]
+    shapes: list[tuple[int, ...]] = []
+    hook = model.get_base_model().register_forward_pre_hook(
+        lambda _module, _arguments, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        found = measure(model, prompts, stop_ids=tokens.stop_ids(), seed=3, at_once=2)
+    finally:
+        hook.remove()
+    assert max(rows for rows, _ in shapes) == 2
+    assert shapes[0] == (2, 5)  # 4 and 5 tokens; then 6 and 80, and 90 alone
+    assert [shape for shape in shapes if shape in {(2, 80), (1, 90)}] == [(2, 80), (1, 90)]
+    assert found == measure(model, prompts, stop_ids=tokens.stop_ids(), seed=3, at_once=2)
+
+
 def test_prompts_are_different_and_leave_room_for_an_answer(made: tuple[Any, ChatTokens]) -> None:
     rows = [snapshot_row(messages=[{"role": "user", "content": text}]) for text in ("a", "a", "b", "x" * 100)]
     rows.append(snapshot_row(messages=[{"role": "nobody", "content": "?"}]))  # the template refuses it

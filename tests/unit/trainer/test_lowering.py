@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from scion_adapters.errors import UnavailableError
 from scion_adapters.settings import Settings
 from scion_trainer.config import run_config
 from scion_trainer.lowering import is_out_of_memory, train_within_memory
@@ -118,7 +119,16 @@ def test_other_errors_are_not_tried_again(begun: RunContext) -> None:
         (MemoryError(), True),  # Python's own
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),  # torch
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), True),  # torch.cuda's
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),  # the driver's
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("DefaultCPUAllocator is fine"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), False),
+        (RuntimeError("Triton Error [CUDA]: device-side assert triggered"), False),
+        (RuntimeError("out of resource: shared memory"), False),  # of one kernel, whatever the batch
+        (ValueError("CUDA error: out of memory"), False),
+        (UnavailableError("the engine ended; its log ends: CUDA error: out of memory"), False),  # another process's
     ],
 )
 def test_errors_are_told_apart(error: Exception, expected: bool) -> None:

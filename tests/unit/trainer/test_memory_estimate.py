@@ -4,18 +4,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 
 from scion_adapters.fingerprint import BaseInfo
 from scion_adapters.settings import Settings
 from scion_trainer.config import RunConfig, run_config
 from scion_trainer.memory import (
     GIB,
+    RUNTIME_BYTES,
+    TILE_TOKENS,
+    TILE_VOCAB,
     Estimate,
     OutOfMemoryError,
+    Output,
     available_bytes,
     cgroup_available,
     check_fits,
     estimate,
+    output_bytes,
 )
 
 CONFIG: RunConfig = run_config(Settings(), "sft")
@@ -36,8 +43,18 @@ def llama_8b() -> BaseInfo:
     return BaseInfo(fingerprint="sha256:0", modules=modules, vocab_size=128_256, num_layers=32)
 
 
-def of_8b(*, micro: int = 2, tokens: int = 1024, rank: int = 16, quantized: bool = True) -> Estimate:
-    return estimate(llama_8b(), CONFIG, quantized=quantized, rank=rank, micro_batch_size=micro, longest_tokens=tokens)
+def of_8b(
+    *, micro: int = 2, tokens: int = 1024, rank: int = 16, quantized: bool = True, device: str = "cpu"
+) -> Estimate:
+    return estimate(
+        llama_8b(),
+        CONFIG,
+        quantized=quantized,
+        rank=rank,
+        micro_batch_size=micro,
+        longest_tokens=tokens,
+        device_type=device,
+    )
 
 
 def test_known_sizes_of_an_8b() -> None:
@@ -59,6 +76,31 @@ def test_known_sizes_of_an_8b() -> None:
 )
 def test_what_needs_more_is_estimated_higher(more: Estimate, less: Estimate) -> None:
     assert more.total_bytes > less.total_bytes
+
+
+def test_a_gpu_holds_no_libraries_and_one_small_tile() -> None:
+    here, gpu = of_8b(), of_8b(device="cuda")
+    assert (here.runtime_bytes, gpu.runtime_bytes) == (RUNTIME_BYTES, 0)
+    assert (gpu.base_bytes, gpu.adapter_bytes) == (here.base_bytes, here.adapter_bytes)
+    assert here.activation_bytes - gpu.activation_bytes == 2048 * 32_768 * (31 - 2)
+    assert output_bytes(Output.TILES, 100, 500, 64, "cuda") == 100 * 32_768 * 2  # as wide as TRL's, whatever is in it
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_more_positions_and_more_words_than_a_tile_has_take_no_more(device: str) -> None:
+    tile = output_bytes(Output.TILES, 4096, 32_768, 4096, device)
+    assert output_bytes(Output.TILES, 16_384, 128_256, 4096, device) == tile
+    assert tile == 4096 * 32_768 * (2 if device == "cuda" else 31)
+
+
+def test_few_tokens_are_outweighed_by_the_output_layer_in_fp32() -> None:
+    """2.0 GiB of an 8B's 128,256 words would be, and it is the 32,768 of a tile."""
+    assert output_bytes(Output.TILES, 16, 128_256, 4096, "cpu") == 32_768 * (4096 * 4 + 16 * 6)
+
+
+def test_the_tiles_are_those_of_the_trl_that_is_installed() -> None:
+    assert TILE_TOKENS == chunked_logprob.TOKEN_CHUNK_SIZE
+    assert TILE_VOCAB == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 def test_only_the_adapted_modules_count() -> None:

@@ -173,6 +173,20 @@ def test_an_unknown_way_to_make_logits_is_refused(roles: Roles) -> None:
         output.check([3, 20, 4])
 
 
+def test_a_long_prompt_is_checked_on_its_last_tokens(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All logits of 900 tokens over 128,000 words, several times in fp32, would be gigabytes that nobody foresaw."""
+    output, widths = OutputLayer(roles, temperature=1.0), []
+    own = OutputLayer._logits
+    monkeypatch.setattr(OutputLayer, "_logits", lambda self, hidden: widths.append(len(hidden)) or own(self, hidden))
+    with roles.use(BASE):
+        output.check([3, *range(5, 205), 4])
+        output.check([3, 20, 4])
+        output._cap = 0.01
+        with pytest.raises(ScionError, match="its logits differ"):
+            output.check([3, *range(5, 205), 4])
+    assert widths == [64, 3, 64]
+
+
 def test_what_the_sampler_said_is_what_the_trainer_computes(roles: Roles) -> None:
     """Prompts of different lengths, a cache, rows that leave early: and the same log-probs, but for rounding."""
     source = LocalRollouts(roles, stop_ids=[STOP_ID, *range(5, 60)], temperature=0.8, max_tokens=12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture
 def roles(settings: Settings) -> Roles:
+    return make_roles(settings)
+
+
+def make_roles(settings: Settings) -> Roles:
     model, _ = start_adapter(load_base(settings, device=torch.device("cpu")), run_config(settings, "kto"), None)
     made = Roles(model)
     made.without_dropout()
@@ -225,6 +231,22 @@ def test_dropout_is_off_in_roles_added_later_too(roles: Roles) -> None:
 def test_mistakes_say_what_was_expected(roles: Roles, mistake: Callable[[Roles], Any], said: str) -> None:
     with pytest.raises(RoleError, match=said):
         mistake(roles)
+
+
+def test_a_failed_try_leaves_nothing_on_the_base(settings: Settings) -> None:
+    """As lowering.py goes on: the base stays, and the weights and gradients of the roles on it are freed."""
+    roles = make_roles(settings)
+    roles.add(VALUE)
+    train_policy(roles)
+    weights = [weakref.ref(p) for role in (POLICY, VALUE) for p in roles.parameters(role)]
+    base = roles.model.unload()
+    hooked = base.get_decoder()._forward_hooks
+    assert len(hooked) == 1
+    del roles
+    gc.collect()
+    assert weights
+    assert not any(weight() is not None for weight in weights)
+    assert len(hooked) == 0
 
 
 def test_a_removed_role_is_gone(roles: Roles) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from scion_adapters.sections.training import DistillSection
 from scion_trainer.recipes.distill import usable
 from scion_trainer.recipes.recipe import Example
 from scion_trainer.stopping import RunInterruptedError
-from scion_trainer.teacher import OpenAiTeacher, TaughtAnswer, ask_all, open_teacher
+from scion_trainer.teacher import OpenAiTeacher, TaughtAnswer, ask_all, open_teacher, prompt_key
 from tests.helpers.teacher import FakeTeacher, serve_teacher
 
 PROMPTS = [[{"role": "user", "content": f"question {index}"}] for index in range(6)]
@@ -59,6 +61,36 @@ def test_a_stopped_run_asks_only_for_the_rest(fake: FakeTeacher, tmp_path: Path)
     assert 0 < num_kept < 6
     assert len(ask(fake, file)) == 6
     assert len(fake.asked) - num_asked == 6 - num_kept
+    assert len(ask(fake, file)) == 6
+    assert len(fake.asked) - num_asked == 6 - num_kept  # what followed the line that was cut off is there
+
+
+class FirstIsRefused:
+    """Answers every prompt but the first, which it refuses once all others were asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._all_asked = threading.Event()
+        self.kept_meanwhile = 0
+
+    def answer(self, messages: Sequence[Mapping[str, Any]], *, seed: int) -> TaughtAnswer:
+        if messages == PROMPTS[0]:
+            assert self._all_asked.wait(timeout=30)
+            self.kept_meanwhile = len(self._file.read_text().splitlines())
+            raise UnavailableError("not this one")
+        if messages == PROMPTS[-1]:
+            self._all_asked.set()
+        return TaughtAnswer("fine", True, "m")
+
+
+def test_answers_are_kept_though_an_earlier_request_is_slow_and_fails(tmp_path: Path) -> None:
+    file = tmp_path / "teacher.jsonl"
+    teacher = FirstIsRefused(file)
+    with pytest.raises(UnavailableError, match="not this one"):
+        ask_all(teacher, PROMPTS, file, concurrency=2, seed=0, stop_requested=lambda: False)
+    assert teacher.kept_meanwhile >= 4  # the last one may still be under way
+    kept = {json.loads(line)["prompt"] for line in file.read_text().splitlines()}
+    assert kept == {prompt_key(prompt) for prompt in PROMPTS[1:]}
 
 
 @pytest.mark.parametrize(

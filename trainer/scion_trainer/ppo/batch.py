@@ -22,6 +22,9 @@ from scion_trainer.ppo.options import LOGITS_CHUNK_BYTES
 from scion_trainer.roles import Roles
 from scion_trainer.rollouts.types import Rollout
 
+CHECKED_TOKENS = 64
+"""Of a prompt: more say nothing more, and all logits of a long one at once would be more than training ever holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -112,10 +115,13 @@ class OutputLayer:
 
     @torch.no_grad()
     def check(self, tokens_T: Sequence[int]) -> None:
-        """Raises ScionError when the model's own logits are others: it then treats them in a way unknown here."""
+        """Raises ScionError when the model's own logits are others: it then treats them in a way unknown here.
+
+        The prompt's last CHECKED_TOKENS are a prompt of their own in this.
+        """
         if any(parameter.requires_grad for parameter in self._layer.parameters()):
             raise ScionError("the output layer's weights are trainable; PPO trains LoRA on the layers below it only")
-        tokens_BT = torch.tensor([list(tokens_T)], device=self._roles.device)
+        tokens_BT = torch.tensor([list(tokens_T)[-CHECKED_TOKENS:]], device=self._roles.device)
         with torch.autocast(tokens_BT.device.type, dtype=torch.bfloat16):
             own = self._roles.model(input_ids=tokens_BT, use_cache=False).logits[0].float() / self._temperature
         ours = self._logits(self._roles.hidden(tokens_BT)[0])

@@ -124,11 +124,16 @@ class _Run:
         return self.assessor.experience(rollouts, self.state)
 
     def _meet_the_reward(self) -> None:
-        """The reward's mean and deviation under the reference, which the policy still is; the value head in them."""
+        """The reward's mean and deviation under the reference, which the policy still is.
+
+        A reward model's head as the value's is then put in these units; a value that begins at 0 stays there.
+        """
         count = min(self.options.reference_answers, len(self.job.prompts))
         prompts = prompts_of_step(self.job.prompts, 0, count, self.options.seed)
         rollouts = self.job.source.sample(prompts, seed=seed_for(self.options.seed, 0, "reference"))
         self.state.moments = self.state.moments.with_scores(self.assessor.scores(rollouts))
+        if self.job.value_from is None:
+            return
         with torch.no_grad():
             self.head.weight /= self.state.moments.deviation
             self.head.bias.sub_(self.state.moments.mean).div_(self.state.moments.deviation)

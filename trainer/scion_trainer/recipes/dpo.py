@@ -53,8 +53,9 @@ class DpoRecipe:
             len(context.tokenizer(example.completion, add_special_tokens=False)["input_ids"]) for example in examples
         ]
         weight = likelihood_weight(config.options["likelihood_weight"], beta, sum(tokens) / len(tokens))
-        arguments = DPOConfig(
-            **training_arguments(context),
+        arguments = training_arguments(
+            DPOConfig,
+            context,
             beta=beta,
             loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
             loss_weights=[1.0, weight] if weight else [1.0],

@@ -6,6 +6,7 @@ Owns the use of `transformers.Trainer`. It knows nothing of losses.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
@@ -19,8 +20,20 @@ from scion_trainer.stopping import RunInterruptedError
 WARMUP_SHARE = 0.1
 
 
-def training_arguments(context: RunContext) -> dict[str, Any]:
-    """Arguments of `transformers.TrainingArguments` that hold for every recipe."""
+def training_arguments(kind: Callable[..., Any], context: RunContext, **own: Any) -> Any:
+    """Arguments of TRL's class `kind`: those that hold for every recipe, and the recipe's `own`.
+
+    They are for one GPU, however many the process sees (see base.default_device). transformers would take all of
+    them for data parallelism, which multiplies the batch, and which TRL's trainers refuse.
+    """
+    arguments = kind(**_shared(context), **own)
+    # There is no argument for it. Reading n_gpu settles it, so that nothing sets it again; on a CPU it is 0. It has to
+    # be done before a Trainer is made, whose __init__ takes the batch size from it.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _shared(context: RunContext) -> dict[str, Any]:
     config = context.config
     micro, accumulation = micro_batches(config.batch_size, config.micro_batch_size, config.recipe)
     on_cpu = context.model.device.type == "cpu"

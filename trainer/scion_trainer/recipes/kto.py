@@ -68,8 +68,9 @@ class KtoRecipe:
         examples = spread(context.examples, config.seed)
         num_liked = sum(bool(example.label) for example in examples)
         desirable, undesirable = balanced_weights(num_liked, len(examples) - num_liked)
-        arguments = KTOConfig(
-            **training_arguments(context),
+        arguments = training_arguments(
+            KTOConfig,
+            context,
             beta=config.options["beta"],
             desirable_weight=desirable,
             undesirable_weight=undesirable,

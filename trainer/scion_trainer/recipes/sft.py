@@ -47,10 +47,8 @@ class SftRecipe:
 
         examples = list(context.examples)
         random.Random(context.config.seed).shuffle(examples)
-        arguments = SFTConfig(
-            **training_arguments(context),
-            max_length=context.config.max_length,
-            completion_only_loss=True,
+        arguments = training_arguments(
+            SFTConfig, context, max_length=context.config.max_length, completion_only_loss=True
         )
         trainer = SFTTrainer(
             model=context.model,
