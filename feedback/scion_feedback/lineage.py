@@ -13,7 +13,11 @@ import sqlalchemy as sa
 from scion_adapters.database import Database
 from scion_adapters.errors import NotFoundError
 from scion_adapters.records import BASE_NUMBER, VersionRef
-from scion_adapters.tables import snapshot_rows, versions
+from scion_adapters.tables import runs, snapshot_rows, versions
+
+REWARD = "reward"
+REWARD_RUN_METRIC = "reward_run"
+"""Where `runs.metrics` has the run that made the reward model which was climbed, or which filtered a teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +27,15 @@ class LineageRow:
     feedback_id: str
     completion_id: str
     user_hash: str | None
-    split: str  # "train": learned from; "heldout", "newest": only used to judge
+    split: str  # "train": learned from; "reward": by the reward model; "heldout", "newest": only used to judge
     version: VersionRef
 
 
 def feedback_of_version(database: Database, ref: VersionRef, *, inherited: bool = False) -> list[LineageRow]:
-    """The votes in the snapshot that `ref` was trained on; with `inherited`, also those of its ancestors.
+    """The votes in the snapshot that `ref` was trained on, and those that taught the reward model of its run.
 
-    An imported version has none. Raises NotFoundError when the version does not exist.
+    With `inherited`, also those of its ancestors. An imported version has none. Raises NotFoundError when the version
+    does not exist.
     """
     with database.read() as connection:
         parents = _parents(connection, ref.adapter)
@@ -38,27 +43,35 @@ def feedback_of_version(database: Database, ref: VersionRef, *, inherited: bool 
             raise NotFoundError(f"no version {ref}: see `scion adapters show {ref.adapter}`")
         numbers = _with_ancestors(ref.number, parents) if inherited else [ref.number]
         query = (
-            sa.select(versions.c.number, snapshot_rows)
-            .select_from(versions.join(snapshot_rows, snapshot_rows.c.snapshot_id == versions.c.snapshot_id))
-            .where(versions.c.adapter == ref.adapter, versions.c.number.in_(numbers))
-            .order_by(versions.c.number.desc(), snapshot_rows.c.feedback_id)
+            sa.select(SOURCES.c.number, SOURCES.c.by_reward, snapshot_rows)
+            .select_from(SOURCES.join(snapshot_rows, snapshot_rows.c.snapshot_id == SOURCES.c.snapshot_id))
+            .where(SOURCES.c.adapter == ref.adapter, SOURCES.c.number.in_(numbers))
+            .where(sa.or_(~SOURCES.c.by_reward, snapshot_rows.c.split == "train"))
+            .order_by(SOURCES.c.number.desc(), SOURCES.c.by_reward, snapshot_rows.c.feedback_id)
         )
         return [
             LineageRow(
-                row.feedback_id, row.completion_id, row.user_hash, row.split, VersionRef(ref.adapter, row.number)
+                row.feedback_id,
+                row.completion_id,
+                row.user_hash,
+                REWARD if row.by_reward else row.split,
+                VersionRef(ref.adapter, row.number),
             )
             for row in connection.execute(query)
         ]
 
 
 def versions_of_user(database: Database, user_hash: str, *, inherited: bool = False) -> list[VersionRef]:
-    """The versions that learned from votes of that user; with `inherited`, also those trained further from them."""
+    """The versions that learned from votes of that user, by themselves or by their reward model.
+
+    With `inherited`, also those trained further from them.
+    """
     query = (
-        sa.select(versions.c.adapter, versions.c.number)
+        sa.select(SOURCES.c.adapter, SOURCES.c.number)
         .distinct()
-        .select_from(versions.join(snapshot_rows, snapshot_rows.c.snapshot_id == versions.c.snapshot_id))
+        .select_from(SOURCES.join(snapshot_rows, snapshot_rows.c.snapshot_id == SOURCES.c.snapshot_id))
         .where(snapshot_rows.c.user_hash == user_hash, snapshot_rows.c.split == "train")
-        .order_by(versions.c.adapter, versions.c.number)
+        .order_by(SOURCES.c.adapter, SOURCES.c.number)
     )
     with database.read() as connection:
         direct = [VersionRef(row.adapter, row.number) for row in connection.execute(query)]
@@ -70,6 +83,23 @@ def versions_of_user(database: Database, user_hash: str, *, inherited: bool = Fa
             tainted = {ref.number for ref in direct if ref.adapter == adapter}
             refs |= {VersionRef(adapter, n) for n in parents if not tainted.isdisjoint(_with_ancestors(n, parents))}
     return sorted(refs, key=lambda ref: (ref.adapter, ref.number))
+
+
+def _sources() -> sa.Subquery:
+    """(adapter, number, snapshot_id, by_reward): the snapshots behind each version. The run that made it names the run
+    of its reward model, if it had one.
+    """
+    maker, reward = runs.alias("maker"), runs.alias("reward")
+    own = sa.select(versions.c.adapter, versions.c.number, versions.c.snapshot_id, sa.false().label("by_reward"))
+    taught = (
+        sa.select(versions.c.adapter, versions.c.number, reward.c.snapshot_id, sa.true())
+        .join(maker, maker.c.id == versions.c.run_id)
+        .join(reward, reward.c.id == maker.c.metrics[REWARD_RUN_METRIC].as_string())
+    )
+    return sa.union_all(own, taught).subquery()
+
+
+SOURCES = _sources()
 
 
 def _parents(connection: sa.Connection, adapter: str) -> dict[int, int]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from scion_adapters.errors import InvalidInputError
+from scion_feedback.lineage import REWARD_RUN_METRIC
 from scion_trainer.config import RunConfig
 from scion_trainer.recipes.recipe import Example, RunContext
 from scion_trainer.recipes.sft import SftRecipe
@@ -95,7 +96,8 @@ class DistillRecipe:
             "left_out": dict(sorted(dropped.items())),
             "filter": chosen["filter"],
         }
-        return {**measured, "distilled": lineage, "lineage": {"distilled": lineage}}
+        by = {REWARD_RUN_METRIC: run} if (run := chosen.get(REWARD_RUN_METRIC)) else {}
+        return {**measured, **by, "distilled": lineage, "lineage": {"distilled": lineage}}
 
 
 def choose(context: RunContext, disliked: Sequence[Example], answers: Sequence[TaughtAnswer]) -> dict[str, Any]:
@@ -109,6 +111,7 @@ def choose(context: RunContext, disliked: Sequence[Example], answers: Sequence[T
         "kept": kept,
         "left_out": {reason: number for reason, number in dropped.items() if number},
         "filter": "checks" if context.reward_model is None else f"reward model {context.reward_model.parent.name}",
+        REWARD_RUN_METRIC: None if context.reward_model is None else context.reward_model.parent.name,
     }
 
 

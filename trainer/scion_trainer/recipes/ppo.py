@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scion_adapters.errors import InvalidInputError
+from scion_feedback.lineage import REWARD_RUN_METRIC
 from scion_trainer.config import RunConfig
 from scion_trainer.recipes.batches import micro_batches
 from scion_trainer.recipes.recipe import Example, RunContext
@@ -112,7 +113,13 @@ class PpoRecipe:
             source.close()
         for role in (REFERENCE, VALUE, *map(reward_role, range(model.num_members))):
             roles.remove(role)  # the model goes on as any recipe leaves it, and without their memory
-        return {**measured, "prompts": len(fitting), "reward_model": str(directory), "reward_digest": digest}
+        return {
+            **measured,
+            "prompts": len(fitting),
+            "reward_model": str(directory),
+            "reward_digest": digest,
+            REWARD_RUN_METRIC: directory.parent.name,
+        }
 
 
 def open_source(
