@@ -18,7 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql, sqlite
 
 from scion_adapters.clock import Clock
-from scion_adapters.errors import UnavailableError
+from scion_adapters.errors import ConflictError, UnavailableError
 from scion_adapters.settings import Settings
 from scion_adapters.tables import counters
 
@@ -85,7 +85,11 @@ class Database:
             ) from error
 
     def upgrade(self) -> None:
-        """Bring the schema to the newest revision; does nothing when it is there already."""
+        """Bring the schema to the newest revision; does nothing when it is there already.
+
+        Raises ConflictError as `check_revision` does.
+        """
+        self.check_revision()
         with self._wrap(), _ALEMBIC_LOCK:
             command.upgrade(self._alembic(), "head")
 
@@ -93,6 +97,17 @@ class Database:
         """The schema revision of this database, or None for an empty one."""
         with self.read() as connection:
             return MigrationContext.configure(connection).get_current_revision()
+
+    def check_revision(self) -> None:
+        """Raises ConflictError when a newer program has migrated this database: this one does not know its schema."""
+        current = self.current_revision()
+        script = ScriptDirectory.from_config(self._alembic())
+        if current is not None and current not in {known.revision for known in script.walk_revisions()}:
+            raise ConflictError(
+                f"the database {sa.make_url(self.url).render_as_string(hide_password=True)} was migrated by a newer "
+                f"vllm-scion (revision {current}, this program knows up to {script.get_current_head()}): run that "
+                "version"
+            )
 
     def head_revision(self) -> str:
         """The newest schema revision that this code knows."""
@@ -109,7 +124,7 @@ class Database:
 
 
 def open_database(settings: Settings, *, upgrade: bool = True) -> Database:
-    """The configured database, migrated unless `upgrade` is false."""
+    """The configured database, migrated unless `upgrade` is false. Raises ConflictError if it is too new to be."""
     database = Database(settings.database_url)
     if upgrade and database.current_revision() != database.head_revision():
         database.upgrade()

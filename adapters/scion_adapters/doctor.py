@@ -15,7 +15,7 @@ from scion_adapters.database import Database
 from scion_adapters.errors import ScionError
 from scion_adapters.fingerprint import base_info
 from scion_adapters.registry import Registry
-from scion_adapters.repair import find_leftovers
+from scion_adapters.repair import Finding, find_leftovers
 from scion_adapters.replicas import ReplicaLedger, heartbeat_ttl_s
 from scion_adapters.settings import DEFAULT_CONFIG, Settings, load_settings
 
@@ -72,6 +72,7 @@ def _base(settings: Settings) -> Check:
 def _database(settings: Settings) -> Check:
     database = Database(settings.database_url)
     try:
+        database.check_revision()
         revision, head = database.current_revision(), database.head_revision()
     finally:
         database.dispose()
@@ -81,12 +82,19 @@ def _database(settings: Settings) -> Check:
 
 
 def _store(settings: Settings) -> Check:
-    store = open_store(settings)
-    with tempfile.TemporaryFile(dir=store.runs_path) as file:
-        file.write(b"scion")
-        file.flush()
-        os.fsync(file.fileno())
-    return Check("store", "ok", f"{settings.store.url} (local files in {store.root})")
+    root = open_store(settings).root
+    # Looking must not make the directory: on an unmounted disk it would lie under the mount point.
+    place = next(path for path in (root, *root.parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"scion")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        why = f"{root} cannot be {'written' if place == root else 'made'}: {error.strerror}"
+        return Check("store", "failed", f"{why}: mount it, make it writable or correct store.url")
+    state = "local files in" if place == root else "made at first use:"
+    return Check("store", "ok", f"{settings.store.url} ({state} {root})")
 
 
 def _vllm(settings: Settings) -> Check:
@@ -131,14 +139,26 @@ def _leftovers(settings: Settings, repair: bool) -> Check:
         if database.current_revision() is None:
             return Check("leftovers", "ok", "none")
         findings = find_leftovers(Registry(database, open_store(settings)))
-        if repair:
-            for finding in findings:
-                finding.mend()
+        if repair and findings:
+            return _mend(findings)
     finally:
         database.dispose()
     if not findings:
         return Check("leftovers", "ok", "none")
-    if repair:
-        return Check("leftovers", "ok", "; ".join(f"{f.what}: {f.remedy} (done)" for f in findings))
-    remedies = "; ".join(f"{f.what} ({f.remedy})" for f in findings)
-    return Check("leftovers", "warning", f"{remedies}: `scion doctor --repair` does that")
+    told = [f"{f.what}: {f.remedy}" for f in findings if f.needs_person]
+    if mendable := "; ".join(f"{f.what} ({f.remedy})" for f in findings if not f.needs_person):
+        told.append(f"{mendable}: `scion doctor --repair` does that")
+    return Check("leftovers", "failed" if any(f.needs_person for f in findings) else "warning", "; ".join(told))
+
+
+def _mend(findings: list[Finding]) -> Check:
+    """Mend each, whatever becomes of the others; failed ones are told first."""
+    done, failed = [], []
+    for finding in findings:
+        try:
+            finding.mend()
+        except (ScionError, OSError) as error:
+            failed.append(str(error) if finding.needs_person else f"{finding.what}: {finding.remedy} failed: {error}")
+        else:
+            done.append(f"{finding.what}: {finding.remedy} (done)")
+    return Check("leftovers", "failed" if failed else "ok", "; ".join([*failed, *done]))

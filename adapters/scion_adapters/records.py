@@ -110,8 +110,13 @@ class Rollout:
 
     @property
     def weight(self) -> float:
-        """The share of subjects, 0..1, that the challenger gets now."""
+        """The share of subjects, 0..1, that the challenger gets now. For routing: a champion is no challenger."""
         return self.steps[self.step] if self.state.is_active and self.step >= 0 else 0.0
+
+    @property
+    def share(self) -> float:
+        """The share of users, 0..1, that its version has by it: all of them once promoted. For people and scripts."""
+        return 1.0 if self.state is RolloutState.PROMOTED else self.weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,38 +13,78 @@ from functools import partial
 import sqlalchemy as sa
 
 from scion_adapters import tables
+from scion_adapters.aliases import EVALUATION_PREFIX
 from scion_adapters.artifacts import ArtifactStore
 from scion_adapters.database import Database, server_time
+from scion_adapters.errors import UnavailableError
 from scion_adapters.files import remove_tree
 from scion_adapters.gc import GRACE_S
-from scion_adapters.records import Version, VersionState
+from scion_adapters.records import Version, VersionRef, VersionState, is_step_line
 from scion_adapters.registry import Registry
 from scion_adapters.replicas import SILENT_S
-from scion_adapters.retirement import quarantine, reinstate
+from scion_adapters.retirement import IN_SERVICE, end_evaluation, is_being_evaluated, quarantine, reinstate
 from scion_adapters.steps import abandoned, remove_abandoned
 from scion_adapters.versions import to_version
 
 ACTOR = "doctor"
+EVALUATION_S = 3600.0
+"""A red team's inspection of a candidate sets the same alias as an evaluation, without a lease; by then it is over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something left over. `mend` removes it, and may be called when it is gone already."""
+    """Something left over. `mend` removes it, and may be called when it is gone already.
+
+    `needs_person`: no program can do what `remedy` says, and `mend` raises UnavailableError.
+    """
 
     what: str
     remedy: str
     mend: Callable[[], object]
+    needs_person: bool = False
 
 
-def find_leftovers(registry: Registry, *, grace_s: float = GRACE_S, silent_s: float = SILENT_S) -> list[Finding]:
-    """Everything that a killed process may have left, and every version whose files are not what its row says."""
+def find_leftovers(
+    registry: Registry,
+    *,
+    grace_s: float = GRACE_S,
+    silent_s: float = SILENT_S,
+    evaluation_s: float = EVALUATION_S,
+) -> list[Finding]:
+    """Everything that a killed process may have left, and every version whose files are not what its row says.
+
+    Of a store that is not this database's, or not mounted, nothing is said but that.
+    """
     database, store = registry.database, registry.store
     with database.read() as connection:
         versions = [to_version(row) for row in connection.execute(sa.select(tables.versions)).mappings()]
     findings = [*_temporaries(store, grace_s), *_dead_servers(database, silent_s), *_dead_runs(registry)]
-    if not store.is_remote:  # of a remote store only a cache is here
-        findings += [*_strays(store, versions, grace_s), *_removed(store, versions), *_lost(registry, versions)]
-    return findings
+    findings += _dead_evaluations(database, evaluation_s)
+    if store.is_remote:  # only a cache is here
+        return findings
+    if _is_away(store, versions):
+        return [*findings, _away(store)]
+    return [*findings, *_strays(store, versions, grace_s), *_removed(store, versions), *_lost(registry, versions)]
+
+
+def _is_away(store: ArtifactStore, versions: list[Version]) -> bool:
+    """Whether versions in service should have a directory here, and not one version has."""
+    kept = [version for version in versions if version.files_removed_at is None]
+    here = store.stored()
+    return any(version.state in IN_SERVICE for version in kept) and not any(v.digest in here for v in kept)
+
+
+def _away(store: ArtifactStore) -> Finding:
+    what = f"{store.root} holds the files of no version of this database"
+    remedy = (
+        "mount the store, or correct store.url or database.url (if the files are lost for good: "
+        "`scion rollback NAME --to 0`, then `scion adapters retire` each version); nobody is quarantined"
+    )
+
+    def refuse() -> None:
+        raise UnavailableError(f"{what}: {remedy}")
+
+    return Finding(what, remedy, refuse, needs_person=True)
 
 
 def _temporaries(store: ArtifactStore, grace_s: float) -> Iterator[Finding]:
@@ -75,7 +115,7 @@ def _lost(registry: Registry, versions: list[Version]) -> Iterator[Finding]:
     database, store = registry.database, registry.store
     for version in versions:
         ref, has_files = version.ref, store.has(version.digest)
-        if version.state in (VersionState.CANDIDATE, VersionState.ACCEPTED) and not has_files:
+        if version.state in IN_SERVICE and not has_files:
             reason = f"its files are missing or incomplete in {store.root}"
             yield Finding(
                 f"{ref}: {reason}",
@@ -100,6 +140,23 @@ def _dead_runs(registry: Registry) -> Iterator[Finding]:
     for line in abandoned(registry):
         what = f"{line}: the run that sampled from these adapters died"
         yield Finding(what, "have servers let go of them", partial(remove_abandoned, registry))
+
+
+def _dead_evaluations(database: Database, evaluation_s: float) -> Iterator[Finding]:
+    """Candidates that servers hold for gates that nobody runs any more."""
+    columns = tables.aliases.c
+    with database.read() as connection:
+        at = server_time(connection)
+        query = sa.select(columns.adapter, columns.number).order_by(columns.adapter, columns.number)
+        asked = query.where(columns.alias.startswith(EVALUATION_PREFIX), columns.updated_at < at - evaluation_s)
+        refs = [
+            VersionRef(row.adapter, row.number) for row in connection.execute(asked) if not is_step_line(row.adapter)
+        ]
+        dead = [ref for ref in refs if not is_being_evaluated(connection, ref, at)]
+    for ref in dead:
+        reason = "its evaluation died"
+        end = partial(end_evaluation, database, ref, actor=ACTOR, reason=reason)
+        yield Finding(f"{ref} is kept loaded for its gates: {reason}", "have servers let go of it", end)
 
 
 def _dead_servers(database: Database, silent_s: float) -> Iterator[Finding]:

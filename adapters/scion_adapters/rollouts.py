@@ -184,32 +184,43 @@ class Rollouts:
     # --- back ---
 
     def rollback(self, adapter: str, *, to: int | None = None, actor: str, reason: str = "") -> RollbackResult:
-        """Away from what serves now. Nothing has to be loaded unless `to` names an older version than `previous`.
+        """Away from what users meet now. A refusal changes nothing; without a live server nothing is waited for.
 
-        Without `to`: an active rollout is aborted; if there is none, the previous version becomes champion again, and
-        there is no `previous` any more, so that a second rollback does not bring back what the first one removed.
-        With `to`: that version, or 0 for the base; at once if it is `previous` or the base, else as a rollout to all
-        users once it is loaded.
+        Without `to`, at once or not at all: a rollout that has traffic is aborted; else the previous version becomes
+        champion again, a rollout without traffic is aborted, and there is no `previous` any more, so that a second
+        rollback does not bring back what the first one removed. Refused while a live server lacks the previous
+        version: the operator must hear that the champion would stay, and what gets users away from it.
+        With `to`: that version, or 0 for the base; at once if it is the base, or `previous` and loaded by all live
+        servers, else as a rollout to all users once it is loaded.
         """
         with self._changing(adapter, actor, reason or "rollback") as (connection, cause):
             rollout = transitions.find_active(connection, adapter)
             aliases = load_aliases(connection, adapter)
             champion, previous = aliases.get(CHAMPION, BASE_NUMBER), aliases.get(PREVIOUS)
-            if to is None and rollout is None and previous is None:
-                raise ConflictError(
-                    f"{adapter} has no previous version to return to (champion is {adapter}:{champion}): "
-                    f"name one with --to N; `scion adapters show {adapter}` lists them, 0 is the base"
-                )
             if to == champion and rollout is None:
                 raise ConflictError(f"{adapter}:{to} is the champion already")
             if to is not None and rollout is not None and to == rollout.number:
                 raise ConflictError(f"{_ref(rollout)} is the challenger: use `scion rollout promote {adapter}`")
-            leaving = champion if rollout is None else rollout.number
+            target = _target_without_to(adapter, champion, previous, rollout) if to is None else to
+            lacks: dict[str, str] = {}
+            if target == previous and target not in (champion, BASE_NUMBER):
+                lora_id = _accepted(connection, VersionRef(adapter, target)).lora_id
+                lacks = lacking(live_in(connection, cause.at, self._ttl_s), lora_id)
+            if lacks and to is None:
+                verb = f"rollback {adapter} --to {target}"
+                if rollout is not None and rollout.number == target:
+                    verb = f"rollout promote {adapter}"
+                raise ConflictError(
+                    f"{adapter}:{target} is not loaded by {describe_lacking(lacks)}: nothing was changed, users still "
+                    f"meet {adapter}:{champion}; `scion rollback {adapter} --to 0` gives them the base at once, "
+                    f"`scion {verb}` returns to {adapter}:{target} once it is loaded"
+                )
+            leaving = champion
             if rollout is not None:
+                if rollout.weight > 0.0 or target == champion:
+                    leaving = rollout.number
                 transitions.abort(connection, rollout, _said("rolled back", actor, reason), cause)
-            target = to if to is not None else champion if rollout is not None else previous
-            assert target is not None
-            if target not in (champion, previous, BASE_NUMBER):
+            if lacks or target not in (champion, previous, BASE_NUMBER):
                 started = self._start_return(connection, VersionRef(adapter, target), cause)
                 return RollbackResult(adapter, leaving, target, True, started.id, bump_routing(connection))
             if target != champion:
@@ -255,10 +266,10 @@ class Rollouts:
         return version
 
     def _start_return(self, connection: sa.Connection, ref: VersionRef, cause: Cause) -> Rollout:
-        """A rollout to everybody as soon as `ref` is loaded; ratings have no say in it."""
+        """A rollout to everybody as soon as `ref` is loaded; ratings have no say in it. See transitions.is_return."""
         version = _accepted(connection, ref)
         check_slots(routing_in(connection), ref, version.lora_id, live_in(connection, cause.at, self._ttl_s))
-        return _begin(connection, ref, (1.0,), 0.0, None, False, cause)
+        return _begin(connection, ref, (1.0,), None, None, False, cause)
 
     def _return_to(self, connection: sa.Connection, ref: VersionRef, cause: Cause) -> None:
         if ref.number != BASE_NUMBER:
@@ -272,6 +283,21 @@ class Rollouts:
 def needs_approval(num_promoted: int, approve_first: int) -> bool:
     """Pure. `num_promoted`: versions of the adapter that have been champion. Rejected ones earn no trust."""
     return num_promoted < approve_first
+
+
+def _target_without_to(adapter: str, champion: int, previous: int | None, rollout: Rollout | None) -> int:
+    """Where a rollback goes that names no version: away from what users meet. Pure."""
+    if rollout is not None and rollout.weight > 0.0:
+        return champion
+    if previous is not None:
+        return previous
+    if rollout is not None and champion == BASE_NUMBER:
+        return champion  # they are on the base, which nothing comes before: what waits must not follow
+    waiting = "" if rollout is None else f"; `scion rollout abort {adapter}` ends the rollout that waits"
+    raise ConflictError(
+        f"{adapter} has no previous version to return to (champion is {adapter}:{champion}): "
+        f"name one with --to N; `scion adapters show {adapter}` lists them, 0 is the base{waiting}"
+    )
 
 
 def open_rollouts(settings: Settings, database: Database) -> Rollouts:
@@ -313,10 +339,10 @@ def _begin(
 
 
 def _num_promoted(connection: sa.Connection, adapter: str) -> int:
-    """How many versions of the adapter a rollout has made champion."""
+    """How many versions of the adapter a rollout has made champion. A return is a way back, and earns no trust."""
     columns = tables.rollouts.c
     query = sa.select(sa.func.count(columns.number.distinct())).where(
-        columns.adapter == adapter, columns.state == RolloutState.PROMOTED
+        columns.adapter == adapter, columns.state == RolloutState.PROMOTED, ~transitions.ARE_RETURNS
     )
     return int(connection.execute(query).scalar_one())
 

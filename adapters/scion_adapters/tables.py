@@ -120,7 +120,7 @@ rollouts = Table(
     Column("state", String(16), nullable=False),  # records.RolloutState
     Column("steps", JSON, nullable=False),  # weights in (0, 1], ascending, e.g. [0.1, 0.5, 1.0]
     Column("step", Integer, nullable=False),  # index into steps; -1 = waiting until every live process has loaded it
-    Column("every_s", Float),  # how long each step lasts
+    Column("every_s", Float),  # how long each step lasts; neither this nor answers: transitions.is_return
     Column("after_requests", Integer),  # or: how many answers of the challenger each step lasts
     Column("guard", Boolean, nullable=False),  # abort when ratings show that users like the challenger less
     Column("step_started_at", Float, nullable=False),

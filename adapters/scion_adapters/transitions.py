@@ -18,6 +18,8 @@ from scion_adapters.errors import ConflictError
 from scion_adapters.events import bump_routing, record
 from scion_adapters.records import BASE_NUMBER, CHALLENGER, CHAMPION, PREVIOUS, Rollout, RolloutState
 
+ARE_RETURNS = tables.rollouts.c.every_s.is_(None) & tables.rollouts.c.after_requests.is_(None)
+"""`is_return`, as a condition in SQL."""
 _ACTIVE = [state for state in RolloutState if state.is_active]
 
 
@@ -51,6 +53,12 @@ def find_active(connection: sa.Connection, adapter: str) -> Rollout | None:
     query = sa.select(tables.rollouts).where(columns.adapter == adapter, columns.state.in_(_ACTIVE))
     row = connection.execute(query).mappings().first()
     return to_rollout(row) if row is not None else None
+
+
+def is_return(rollout: Rollout) -> bool:
+    """Whether it carries users back to an older version (`scion rollback --to N`). Its step has no length at all,
+    which no rollout that `start` makes can have."""
+    return rollout.every_s is None and rollout.after_requests is None
 
 
 def champion_of(connection: sa.Connection, adapter: str) -> int:
@@ -104,13 +112,16 @@ def approve(connection: sa.Connection, rollout: Rollout, message: str, cause: Ca
 
 
 def promote(connection: sa.Connection, rollout: Rollout, message: str, cause: Cause) -> Rollout:
-    """The challenger becomes the champion, the champion `previous`."""
+    """The challenger becomes the champion, the champion `previous`.
+
+    After a return there is no `previous`: what it removed comes back neither by a rollback nor by a quarantine.
+    """
     changed = _update(connection, rollout, cause.at, state=RolloutState.PROMOTED, message=message, paused_by=None)
-    champion = champion_of(connection, rollout.adapter)
+    previous = None if is_return(rollout) else champion_of(connection, rollout.adapter)
     _set_alias(connection, rollout, CHAMPION, rollout.number, cause)
-    _set_alias(connection, rollout, PREVIOUS, champion, cause)
+    _set_alias(connection, rollout, PREVIOUS, previous, cause)
     _set_alias(connection, rollout, CHALLENGER, None, cause)
-    _record(connection, "rollout.promoted", rollout, cause, {"champion": rollout.number, "previous": champion})
+    _record(connection, "rollout.promoted", rollout, cause, {"champion": rollout.number, "previous": previous})
     bump_routing(connection)
     return changed
 

@@ -14,9 +14,11 @@ import sqlalchemy as sa
 from scion_adapters import tables
 from scion_adapters.artifacts import ArtifactStore
 from scion_adapters.database import Database
-from scion_adapters.errors import ConflictError, NotFoundError
+from scion_adapters.errors import ConflictError, NotFoundError, UnavailableError
+from scion_adapters.events import list_events
 from scion_adapters.fingerprint import read_base
 from scion_adapters.gc import collect
+from scion_adapters.leases import HeldLease
 from scion_adapters.records import CHAMPION, PREVIOUS, Replica, RolloutState, Version, VersionState
 from scion_adapters.registry import Registry
 from scion_adapters.repair import find_leftovers
@@ -77,6 +79,26 @@ def test_a_version_that_something_points_at_is_not_retired(world: RegistryWorld)
         assert state(world, version) is VersionState.ACCEPTED
 
 
+def test_what_an_evaluation_that_was_killed_left_does_not_keep_a_candidate(world: RegistryWorld) -> None:
+    database, version = world.registry.database, world.publish()
+    world.registry.request_evaluation(version.ref)
+    lease = HeldLease(database, f"evaluation:{version.ref}", "someone")
+    with lease, pytest.raises(ConflictError, match="being evaluated: wait"):
+        retire(database, version.ref, actor="me")
+    retire(database, version.ref, actor="me", reason="useless")
+    assert state(world, version) is VersionState.RETIRED
+    assert world.registry.aliases("chat") == {}
+
+
+def test_another_alias_keeps_it_with_its_evaluation(world: RegistryWorld) -> None:
+    version = world.accepted()
+    world.registry.set_alias("chat", "good", version.number, actor="me")
+    world.registry.request_evaluation(version.ref)
+    with pytest.raises(ConflictError, match="chat:1 is chat@good: only"):
+        retire(world.registry.database, version.ref, actor="me")
+    assert set(world.registry.aliases("chat")) == {"good", "candidate-1"}
+
+
 # --- quarantine -------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +130,34 @@ def test_a_lost_challenger_ends_its_rollout(world: RegistryWorld) -> None:
     assert ended.state is RolloutState.ABORTED
     assert "gone" in ended.message
     assert world.registry.aliases("chat") == {CHAMPION: serving.number}
+
+
+def test_a_lost_champion_ends_the_rollout_that_is_compared_with_it(world: RegistryWorld) -> None:
+    rollouts = Rollouts(world.registry.database)
+    first, second, challenger = (world.accepted() for _ in range(3))
+    world.set_traffic(PREVIOUS, first.number)
+    world.set_traffic(CHAMPION, second.number)
+    rollout = rollouts.start(challenger.ref, steps=[0.5, 1.0], actor="me")
+    quarantine(world.registry.database, second.ref, actor="server-1", reason="gone")
+    ended = rollouts.get(rollout.id)
+    assert ended.state is RolloutState.ABORTED
+    assert "the guard compared with, chat:2, was quarantined: gone" in ended.message
+    assert world.registry.aliases("chat") == {CHAMPION: first.number}
+    (event,) = [e for e in list_events(world.registry.database) if e.kind == "rollout.aborted"]
+    assert (event.actor, event.reason, event.data["champion"]) == ("server-1", "gone", first.number)
+    rollouts.start(challenger.ref, steps=[0.5, 1.0], actor="me")  # what the message says helps
+
+
+def test_a_lost_champion_does_not_stop_the_return_to_an_older_version(world: RegistryWorld) -> None:
+    rollouts = Rollouts(world.registry.database)
+    first, second, third = (world.accepted() for _ in range(3))
+    world.set_traffic(PREVIOUS, second.number)
+    world.set_traffic(CHAMPION, third.number)
+    result = rollouts.rollback("chat", to=first.number, actor="me")
+    quarantine(world.registry.database, third.ref, actor="server-1", reason="gone")
+    active = rollouts.active("chat")
+    assert active is not None
+    assert active.id == result.rollout_id
 
 
 def test_quarantine_says_it_once_and_leaves_what_is_out_of_service(world: RegistryWorld) -> None:
@@ -246,6 +296,30 @@ def test_leftovers_of_every_kind_are_found_and_mended_once(world: RegistryWorld)
     assert ReplicaLedger(registry.database, clock=lambda: 1.0).live(10.0) == []
 
 
+def test_an_evaluation_that_was_killed_is_a_leftover(world: RegistryWorld) -> None:
+    version = world.publish()
+    world.registry.request_evaluation(version.ref)
+    world.registry.set_alias("chat", "plain", 0, actor="me")
+    with HeldLease(world.registry.database, f"evaluation:{version.ref}", "someone"):
+        assert find_leftovers(world.registry, evaluation_s=0.0) == []
+    (finding,) = find_leftovers(world.registry, evaluation_s=0.0)
+    assert str(version.ref) in finding.what
+    with HeldLease(world.registry.database, f"evaluation:{version.ref}", "another"):
+        finding.mend()  # another one began meanwhile
+        assert "candidate-1" in world.registry.aliases("chat")
+    finding.mend()
+    finding.mend()
+    assert world.registry.aliases("chat") == {"plain": 0}
+    assert state(world, version) is VersionState.CANDIDATE
+    assert find_leftovers(world.registry, evaluation_s=0.0) == []
+
+
+def test_an_inspection_without_a_lease_is_left_alone_while_it_may_run(world: RegistryWorld) -> None:
+    registry = Registry(world.registry.database, world.registry.store)  # by the database's clock
+    registry.request_evaluation(world.publish().ref)
+    assert find_leftovers(registry) == []
+
+
 def test_what_is_young_is_no_leftover(world: RegistryWorld) -> None:
     world.registry.store.add(world.adapter_directory())
     (world.registry.store.root / "tmp" / "busy").mkdir()
@@ -263,6 +337,51 @@ def test_a_quarantined_version_with_altered_files_is_not_reinstated(world: Regis
     (finding,) = find_leftovers(world.registry)
     with pytest.raises(Exception, match="changed after publishing"):
         finding.mend()
+    assert state(world, version) is VersionState.QUARANTINED
+
+
+@pytest.mark.parametrize("is_mount_point_left", [True, False])
+def test_a_store_that_is_gone_altogether_quarantines_nobody(world: RegistryWorld, is_mount_point_left: bool) -> None:
+    root, versions = world.registry.store.root, [world.accepted(), world.publish()]
+    away = root.rename(root.with_name("unmounted"))
+    if is_mount_point_left:
+        root.mkdir()
+    (finding,) = find_leftovers(world.registry, grace_s=0.0)
+    assert finding.needs_person
+    with pytest.raises(UnavailableError, match="mount the store"):
+        finding.mend()
+    assert [state(world, version) for version in versions] == [VersionState.ACCEPTED, VersionState.CANDIDATE]
+    shutil.rmtree(root, ignore_errors=True)
+    away.rename(root)
+    assert find_leftovers(world.registry) == []
+
+
+def test_what_is_said_about_files_that_are_lost_for_good_helps(world: RegistryWorld) -> None:
+    version = world.accepted()
+    world.set_traffic(CHAMPION, version.number)
+    shutil.rmtree(world.registry.store.root)
+    (finding,) = find_leftovers(world.registry)
+    assert "--to 0" in finding.remedy
+    Rollouts(world.registry.database).rollback("chat", to=0, actor="me")
+    retire(world.registry.database, version.ref, actor="me")
+    assert find_leftovers(world.registry) == []
+
+
+def test_the_store_of_another_database_loses_nothing(world: RegistryWorld, tmp_path: Path) -> None:
+    version = world.accepted()
+    elsewhere = ArtifactStore(tmp_path / "elsewhere")
+    other = elsewhere.add(world.adapter_directory())
+    (finding,) = find_leftovers(Registry(world.registry.database, elsewhere), grace_s=0.0)
+    assert finding.needs_person
+    assert state(world, version) is VersionState.ACCEPTED
+    assert elsewhere.has(other.digest)
+
+
+def test_a_store_whose_only_version_is_damaged_is_there(world: RegistryWorld) -> None:
+    version = world.accepted()
+    (world.registry.store.path(version.digest) / "adapter_model.safetensors").unlink()
+    (finding,) = find_leftovers(world.registry)
+    finding.mend()
     assert state(world, version) is VersionState.QUARANTINED
 
 

@@ -79,6 +79,14 @@ def test_versions_that_were_promoted_count_and_those_that_were_aborted_do_not(ro
     assert start(rollouts, 3, approve_first=2).state is RolloutState.UNAPPROVED
 
 
+def test_a_return_earns_no_trust(database: Database, clock: FakeClock, rollouts: Rollouts) -> None:
+    assert rollouts.rollback("chat", to=1, actor="ann").pending
+    tick(database, clock)
+    tick(database, clock)
+    assert load_routing(database).adapters["chat"].champion == 1
+    assert start(rollouts, 2).state is RolloutState.UNAPPROVED
+
+
 def test_only_what_waits_can_be_approved_and_what_waits_cannot_be_paused(rollouts: Rollouts) -> None:
     with pytest.raises(ConflictError, match="no active rollout"):
         rollouts.approve("chat", actor="ann")

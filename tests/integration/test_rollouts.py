@@ -12,6 +12,7 @@ from scion_adapters.database import Database
 from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from scion_adapters.events import list_events
 from scion_adapters.records import Rollout, RolloutState, VersionRef, VersionState
+from scion_adapters.retirement import quarantine
 from scion_adapters.rollouts import Rollouts
 from scion_adapters.routing import load_routing, read_revision
 from scion_adapters.transitions import Cause, StaleRolloutError
@@ -312,7 +313,7 @@ def test_rollback_to_an_older_version_loads_it_first(database: Database, rollout
     rollout = rollouts.active("chat")
     assert rollout is not None
     assert (rollout.id, rollout.number, rollout.stable) == (result.rollout_id, 1, 3)
-    assert (rollout.steps, rollout.every_s, rollout.guard) == ((1.0,), 0.0, False)
+    assert (rollout.steps, rollout.every_s, rollout.after_requests, rollout.guard) == ((1.0,), None, None, False)
     assert aliases(database) == {"champion": 3, "challenger": 1, "previous": 2}  # nobody meets it before it is loaded
     assert event_kinds(database)[-4:] == [
         "alias.removed challenger",
@@ -328,6 +329,119 @@ def test_rollback_to_the_champion_ends_the_rollout(database: Database, rollouts:
     assert not rollouts.rollback("chat", to=1, actor="ann").pending
     assert rollouts.active("chat") is None
     assert aliases(database) == {"champion": 1, "previous": 0}
+
+
+@pytest.mark.parametrize(
+    "why", [{}, {lora_id_of("chat", 1): "RejectedError: digest_mismatch"}], ids=["still loading", "failed"]
+)
+def test_a_rollback_to_what_a_live_server_lacks_is_refused_and_says_what_helps(
+    database: Database, rollouts: Rollouts, why: dict[int, str]
+) -> None:
+    promote_all(rollouts, 1, 2)
+    waiting = start(rollouts, 3)
+    report(database, make_replica("a:1", loaded={lora_id_of("chat", 1), lora_id_of("chat", 2)}))
+    report(database, make_replica("b:2", loaded={lora_id_of("chat", 2)}, failed=why))
+    before, names, kinds = read_revision(database), aliases(database), event_kinds(database)
+    with pytest.raises(ConflictError) as refused:
+        rollouts.rollback("chat", actor="ann")
+    reason = next(iter(why.values()), "still loading")
+    assert str(refused.value) == (
+        f"chat:1 is not loaded by b:2 ({reason}): nothing was changed, users still meet chat:2; "
+        "`scion rollback chat --to 0` gives them the base at once, "
+        "`scion rollback chat --to 1` returns to chat:1 once it is loaded"
+    )
+    assert (read_revision(database), aliases(database), event_kinds(database)) == (before, names, kinds)
+    assert rollouts.active("chat") == waiting
+    assert rollouts.rollback("chat", to=0, actor="ann").pending is False
+    assert aliases(database) == {"champion": 0}
+
+
+def test_a_rollback_to_a_previous_by_name_loads_it_first_where_it_is_lacking(
+    database: Database, rollouts: Rollouts, clock: FakeClock
+) -> None:
+    promote_all(rollouts, 1, 2)
+    report(database, make_replica("b:2", loaded={lora_id_of("chat", 2)}))
+    result = rollouts.rollback("chat", to=1, actor="ann")
+    assert (result.from_number, result.to_number, result.pending) == (2, 1, True)
+    for _ in range(3):
+        controller.tick(database, clock, heartbeat_ttl_s=10.0)
+    line = load_routing(database).adapters["chat"]
+    assert (line.champion, line.weight, line.rollout_id) == (2, 0.0, result.rollout_id)
+    with pytest.raises(ConflictError, match="`scion rollout promote chat` returns to chat:1 once it is loaded"):
+        rollouts.rollback("chat", actor="ben")  # `--to 1` would be refused: it is the challenger
+    report(database, make_replica("b:2", loaded={lora_id_of("chat", 1), lora_id_of("chat", 2)}))
+    for _ in range(2):
+        controller.tick(database, clock, heartbeat_ttl_s=10.0)
+    assert aliases(database) == {"champion": 1}
+
+
+@pytest.mark.parametrize("to", [None, 1])
+def test_a_rollback_to_what_all_live_servers_hold_is_immediate(
+    database: Database, rollouts: Rollouts, clock: FakeClock, to: int | None
+) -> None:
+    promote_all(rollouts, 1, 2)
+    report(database, make_replica("dead:1"))
+    clock.advance(11)
+    held = {lora_id_of("chat", 1), lora_id_of("chat", 2)}
+    report(database, make_replica("a:1", loaded=held, heartbeat_at=clock()))
+    assert not rollouts.rollback("chat", to=to, actor="ann").pending
+    assert aliases(database) == {"champion": 1}
+
+
+def test_what_a_return_removed_does_not_come_back(database: Database, rollouts: Rollouts, clock: FakeClock) -> None:
+    promote_all(rollouts, 1, 2, 3)
+    assert rollouts.rollback("chat", to=1, actor="ann", reason="2 and 3 are rude").pending
+    report(database, make_replica(loaded={lora_id_of("chat", number) for number in (1, 2, 3)}))
+    for _ in range(2):
+        controller.tick(database, clock, heartbeat_ttl_s=10.0)
+    assert aliases(database) == {"champion": 1}
+    assert list_events(database, limit=1000)[-1].data == {
+        "rollout_id": rollouts.list("chat", limit=1)[0].id,
+        "champion": 1,
+        "previous": None,
+    }
+    with pytest.raises(ConflictError, match=r"no previous version to return to"):
+        rollouts.rollback("chat", actor="ben")
+    quarantine(database, VersionRef("chat", 1), actor="server-1", reason="its files are gone")
+    assert load_routing(database).adapters["chat"].champion == 0
+
+
+@pytest.mark.parametrize("every_s", [0.0, 300.0])
+def test_a_rollout_to_everybody_is_no_return(database: Database, rollouts: Rollouts, every_s: float) -> None:
+    promote_all(rollouts, 1)
+    rollouts.start(CHAT_2, steps=(1.0,), every_s=every_s, guard=False, actor="ann")
+    rollouts.promote("chat", actor="ann")
+    assert aliases(database) == {"champion": 2, "previous": 1}
+
+
+@pytest.mark.parametrize("approve_first", [0, 9])  # still loading, or waiting for a person
+def test_a_rollout_without_traffic_does_not_keep_users_on_a_bad_champion(
+    database: Database, rollouts: Rollouts, approve_first: int
+) -> None:
+    promote_all(rollouts, 1, 2)
+    waiting = start(rollouts, 3, approve_first=approve_first)
+    result = rollouts.rollback("chat", actor="ann", reason="2 is rude")
+    assert (result.from_number, result.to_number, result.pending) == (2, 1, False)
+    assert rollouts.get(waiting.id).state is RolloutState.ABORTED
+    assert aliases(database) == {"champion": 1}
+    event = list_events(database, limit=1000)[-1]
+    assert (event.kind, event.data) == ("rollout.rolled_back", {"from": 2, "to": 1})
+
+
+def test_a_rollout_without_traffic_and_no_previous_is_no_success(database: Database, rollouts: Rollouts) -> None:
+    promote_all(rollouts, 1, 2)
+    rollouts.rollback("chat", actor="ann")
+    waiting = start(rollouts, 3)
+    with pytest.raises(ConflictError, match=r"champion is chat:1.*--to N.*scion rollout abort chat"):
+        rollouts.rollback("chat", actor="ben")
+    assert rollouts.active("chat") == waiting
+
+
+def test_on_the_base_a_rollback_ends_what_waits(database: Database, rollouts: Rollouts) -> None:
+    start(rollouts, 1)
+    result = rollouts.rollback("chat", actor="ann")
+    assert (result.from_number, result.to_number, result.pending) == (1, 0, False)
+    assert (rollouts.active("chat"), aliases(database)) == (None, {})
 
 
 REFUSED_ROLLBACKS = [

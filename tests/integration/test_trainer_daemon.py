@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
+from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
 
 from scion_adapters.database import Database
-from scion_adapters.errors import ConflictError
+from scion_adapters.errors import ConflictError, ScionError
 from scion_adapters.leases import current_holder
 from scion_adapters.records import Run
 from scion_adapters.settings import Settings, load_settings
+from scion_trainer import daemon as daemon_module
 from scion_trainer.config import run_config
 from scion_trainer.daemon import Daemon
 from scion_trainer.runs import RunStore
@@ -50,6 +52,27 @@ def database(tmp_path: Path) -> Iterator[Database]:
     database = sqlite_database(tmp_path)
     yield database
     database.dispose()
+
+
+class FailingStore(SQLAlchemyJobStore):
+    """A job store that cannot write while `errors` has something to raise."""
+
+    errors: ClassVar[list[Exception]] = []
+
+    def update_job(self, job: Any) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        super().update_job(job)
+
+
+@pytest.fixture
+def store_errors(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What the daemon's next writes of its jobs raise, the last first."""
+    errors: list[Exception] = []
+    monkeypatch.setattr(FailingStore, "errors", errors)
+    monkeypatch.setattr(daemon_module, "SQLAlchemyJobStore", FailingStore)
+    monkeypatch.setattr(daemon_module, "RETRY_S", 0.01)
+    return errors
 
 
 def settings(**trainer: Any) -> Settings:
@@ -134,3 +157,23 @@ def test_the_next_time_of_a_schedule_survives_a_restart(database: Database) -> N
                 times.append(connection.execute(query).scalar())
     assert times[0] == times[1]
     assert times[0] is not None
+
+
+def test_the_scheduler_goes_on_after_a_failed_write(database: Database, store_errors: list[Exception]) -> None:
+    store_errors += [sa.exc.OperationalError("UPDATE", {}, Exception("database is locked"))] * 2
+    launcher = FakeLauncher(database)
+    launcher.go_on.set()
+    with running(settings(min_new_ratings=10), database, launcher):
+        wait_for(lambda: not store_errors, "the failed writes")
+        add_ratings(database, 10, at=1e10)
+        wait_for(lambda: launcher.calls, "the run")
+    assert launcher.calls[0] == ("start", "chat", "kto")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread dies, as intended
+def test_the_daemon_ends_with_its_scheduler(database: Database, store_errors: list[Exception]) -> None:
+    store_errors.append(RuntimeError("a defect"))
+    with pytest.raises(ScionError, match=r"scheduler's thread died.*start `scion trainer` again"):
+        Daemon(settings(min_new_ratings=10), database, FakeLauncher(database)).run()
+    assert current_holder(database, "scheduler") is None

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
+import sqlalchemy as sa
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
@@ -22,7 +23,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from scion_adapters.clock import new_id
 from scion_adapters.database import Database
-from scion_adapters.errors import InvalidInputError
+from scion_adapters.errors import InvalidInputError, ScionError
 from scion_adapters.leases import HeldLease
 from scion_adapters.records import Run
 from scion_adapters.settings import Settings
@@ -31,12 +32,15 @@ from scion_trainer import scheduler as jobs_module
 from scion_trainer.followup import follow_up, reward_product
 from scion_trainer.launch import Process, create_run, launch_run
 from scion_trainer.run_lease import Holder, free_if_dead
-from scion_trainer.scheduler import ACTOR, Launcher, Plan, TrainerJobs, plans
+from scion_trainer.scheduler import ACTOR, Launcher, Plan, TrainerJobs, plans, weekday_names
 
 LEASE_NAME = "scheduler"
 LEASE_TTL_S = 30.0
 MISFIRE_GRACE_S = 3600
 """A scheduled time that was missed (daemon down, machine asleep) is made up for within this time, once."""
+
+RETRY_S = 10.0
+"""How long the scheduler waits after the database failed it."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +101,26 @@ class ChildLauncher:
                 _terminate(process)
 
 
+class JobScheduler(BackgroundScheduler):
+    """APScheduler's, whose thread outlives a database that fails for a while."""
+
+    # Private, checked on APScheduler 3.11.3, which guards only its reading of the jobs that are due: when the write of
+    # a job's next time fails (database locked, disk full, PostgreSQL gone), its thread ends and nothing is due ever
+    # again. A job whose next time was not written has been started and is still due: the retry starts it again unless
+    # it still works. One scheduled run too many, of those that ended within RETRY_S, is better than one too few.
+    def _process_jobs(self) -> float | None:
+        try:
+            seconds: float | None = super()._process_jobs()
+        except sa.exc.SQLAlchemyError as error:
+            logger.warning("the scheduler's jobs could not be written, trying again in %g s: %s", RETRY_S, error)
+            return RETRY_S
+        return seconds
+
+    def is_working(self) -> bool:
+        """Whether the thread that starts jobs lives."""
+        return self._thread is not None and self._thread.is_alive()
+
+
 class Daemon:
     """One scheduler on one database, until it is stopped."""
 
@@ -115,7 +139,10 @@ class Daemon:
         self._stop = threading.Event()
 
     def run(self) -> None:
-        """Work until `stop` is called or the lease is lost. Raises ConflictError when another daemon works."""
+        """Work until `stop` is called or the lease is lost.
+
+        Raises ConflictError when another daemon works, and ScionError when nothing would ever start a run again.
+        """
         free_if_dead(self._database, LEASE_NAME)
         holder = str(Holder.of(new_id("daemon")))
         with HeldLease(self._database, LEASE_NAME, holder, ttl_s=LEASE_TTL_S) as lease:
@@ -132,6 +159,11 @@ class Daemon:
                     if lease.lost.is_set():
                         logger.error("the scheduler's lease was lost to another daemon; ending")
                         break
+                    if not scheduler.is_working():
+                        raise ScionError(
+                            "the scheduler's thread died, its error is in the log above: no run would ever start "
+                            "again; start `scion trainer` again"
+                        )
             finally:
                 scheduler.pause()
                 self._stop_children()
@@ -143,8 +175,8 @@ class Daemon:
         """End `run` soon: no new runs, and the children are asked to stop."""
         self._stop.set()
 
-    def _scheduler(self) -> BackgroundScheduler:
-        return BackgroundScheduler(
+    def _scheduler(self) -> JobScheduler:
+        return JobScheduler(
             jobstores={"default": SQLAlchemyJobStore(engine=self._database.engine, tablename=scheduler_jobs.name)},
             # Two threads per adapter: adapters may train side by side, and a count of ratings never waits for a run.
             executors={"default": ThreadPoolExecutor(2 * len(self._settings.adapters))},
@@ -152,7 +184,7 @@ class Daemon:
             timezone=UTC,
         )
 
-    def _schedule(self, scheduler: BackgroundScheduler) -> None:
+    def _schedule(self, scheduler: JobScheduler) -> None:
         """Bring the stored jobs in line with the configuration, keeping the next times of those that did not change."""
         wanted: dict[str, _Job] = {}
         for plan in plans(self._settings):
@@ -193,9 +225,12 @@ class Daemon:
 
 
 def cron_trigger(expression: str) -> CronTrigger:
-    """`minute hour day month weekday` in UTC. Raises InvalidInputError."""
+    """`minute hour day month weekday` in UTC; the weekdays 0 and 7 are Sunday. Raises InvalidInputError."""
+    fields = expression.split()
     try:
-        return CronTrigger.from_crontab(expression, timezone=UTC)
+        if len(fields) == 5:  # otherwise APScheduler says what is wrong
+            fields[4] = weekday_names(fields[4])
+        return CronTrigger.from_crontab(" ".join(fields), timezone=UTC)
     except ValueError as error:
         raise InvalidInputError(
             f'schedule = {expression!r}: {error}; expected five fields such as "0 3 * * *" (daily at 03:00 UTC)',

@@ -94,8 +94,9 @@ def launch_run(
 ) -> Run:
     """Train `run` in a child process and wait for its end. Returns the run once it has published.
 
-    `started` is given the process, so that the caller can stop it. Raises RunInterruptedError when the run was stopped
-    and can be resumed, RunKilledError when a signal ended it, and otherwise the error that the child ended with.
+    `started` is given the process, so that the caller can stop it. Raises ConflictError while another run of the
+    adapter works, RunInterruptedError when the run was stopped and can be resumed, RunKilledError when a signal ended
+    it, and otherwise the error that the child ended with.
     """
     runs = RunStore(database)
     if run.attempt >= MAX_ATTEMPTS:
@@ -104,7 +105,11 @@ def launch_run(
             f"{run.id} died {run.attempt} times and is given up: start a new run, with less memory perhaps"
         )
     holder = Holder.of(run.id)
-    claim(database, run.adapter, holder)
+    try:
+        claim(database, run.adapter, holder)
+    except ConflictError as error:
+        _give_up_unstarted(database, run, error)
+        raise
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "scion_trainer.run", run.id],
@@ -117,6 +122,16 @@ def launch_run(
     finally:
         release(database, lease_name(run.adapter), str(holder))  # if the child never took it
     return _outcome(runs, run.id, status)
+
+
+def _give_up_unstarted(database: Database, run: Run, refusal: ConflictError) -> None:
+    """End a run that came second: whoever waits for it has been told, and no restart of the daemon may begin it late.
+
+    A run that has begun may be resumed later, and one that another process is about to begin is that process's.
+    """
+    winner = working_on(database, run.adapter)
+    if run.attempt == 0 and winner is not None and winner.run_id != run.id:
+        RunStore(database).fail(run.id, f"never started: {refusal}")
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

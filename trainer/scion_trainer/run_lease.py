@@ -7,8 +7,10 @@ anywhere.
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import sqlalchemy as sa
@@ -19,6 +21,10 @@ from scion_adapters.leases import current_holder, release, try_acquire
 from scion_adapters.tables import leases
 
 LEASE_TTL_S = 30.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+_STEADY = re.compile(r"[0-9]+@[0-9a-f]{12}")
+_BY_CLOCK = re.compile(r"[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +34,25 @@ class Holder:
     run_id: str  # or another name for what is done
     host: str
     pid: int
-    started_at: int  # of the process, Unix seconds: process numbers are reused
+    started: str  # when the process did, see `_started`: process numbers are reused
 
     @classmethod
     def of(cls, run_id: str, pid: int | None = None) -> Holder:
         """This process, or the process `pid` of this host."""
         process = psutil.Process(pid)
-        return cls(run_id, socket.gethostname()[:48], process.pid, int(process.create_time()))
+        return cls(run_id, socket.gethostname()[:48], process.pid, _started(process))
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
         parts = text.split("/")
-        if len(parts) != 4 or not parts[2].isdigit() or not parts[3].isdigit():
+        if len(parts) != 4 or not parts[2].isdigit():
             return None
-        return cls(parts[0], parts[1], int(parts[2]), int(parts[3]))
+        if not (_STEADY.fullmatch(parts[3]) or _BY_CLOCK.fullmatch(parts[3])):
+            return None
+        return cls(parts[0], parts[1], int(parts[2]), parts[3])
 
     def __str__(self) -> str:
-        return f"{self.run_id}/{self.host}/{self.pid}/{self.started_at}"
+        return f"{self.run_id}/{self.host}/{self.pid}/{self.started}"
 
     def describe(self) -> str:
         """For messages."""
@@ -56,9 +64,32 @@ class Holder:
             return False
         try:
             process = psutil.Process(self.pid)
-            return int(process.create_time()) != self.started_at or process.status() == psutil.STATUS_ZOMBIE
+            return process.status() == psutil.STATUS_ZOMBIE or _certainly_differ(self.started, _started(process))
         except psutil.NoSuchProcess:
             return True
+
+
+def _started(process: psutil.Process) -> str:
+    """When `process` started, as `ticks since boot@boot`, or in Unix seconds where the system does not tell.
+
+    Linux knows no Unix time of a start: psutil adds the ticks to a boot time that moves when the clock is set.
+    """
+    try:
+        # The command's name, in brackets, may contain anything; the start is field 22, and the name field 2.
+        fields = Path(f"/proc/{process.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        steady = f"{fields[19]}@{BOOT_ID.read_text().strip().replace('-', '')[:12]}"
+    except (OSError, IndexError):
+        steady = ""
+    return steady if _STEADY.fullmatch(steady) else str(int(process.create_time()))
+
+
+def _certainly_differ(stored: str, found: str) -> bool:
+    """Whether two start times belong to two processes with the same number.
+
+    Unix seconds never say so: earlier releases stored them, and a set clock makes those of a live process differ. If
+    the number of a dead one was reused, its lease is free once it runs out, which it does as nobody renews it.
+    """
+    return bool(_STEADY.fullmatch(stored) and _STEADY.fullmatch(found)) and stored != found
 
 
 def lease_name(adapter: str) -> str:

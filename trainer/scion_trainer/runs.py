@@ -6,7 +6,7 @@ stopped), `running` while one does, and ends as `succeeded` or `failed`. It know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,28 @@ class RunStore:
     def unfinished(self, adapter: str) -> Run | None:
         """The newest run that did not end. Whether a process works on it is for the lease to say."""
         return next((run for run in self.list(adapter) if run.state in UNFINISHED), None)
+
+    def superseded(self, adapter: str) -> Sequence[tuple[Run, Run]]:
+        """Unfinished runs with the newest run after them that succeeded: they would go on from an old parent.
+
+        A run that published nothing, such as one of a reward model, supersedes only those of its recipe.
+        """
+        later = runs.alias("later")
+        query = (
+            sa.select(runs.c.id, later.c.id)
+            .join(later, later.c.adapter == runs.c.adapter)
+            .where(
+                runs.c.adapter == adapter,
+                runs.c.state.in_(UNFINISHED),
+                later.c.state == RunState.SUCCEEDED,
+                sa.tuple_(later.c.created_at, later.c.id) > sa.tuple_(runs.c.created_at, runs.c.id),
+                sa.or_(later.c.candidate.is_not(None), later.c.recipe == runs.c.recipe),
+            )
+            .order_by(later.c.created_at, later.c.id)
+        )
+        with self.database.read() as connection:
+            newest = {row[0]: row[1] for row in connection.execute(query)}
+        return [(self.get(old), self.get(new)) for old, new in newest.items()]
 
     def start(self, run_id: str) -> Run:
         """A process begins, or goes on, with the run. Raises ConflictError when it has ended."""

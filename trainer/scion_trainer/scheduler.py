@@ -7,6 +7,7 @@ so they are module-level functions with plain arguments; they find the jobs obje
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +72,45 @@ def is_due(new_ratings: int, min_new_ratings: int | None) -> bool:
     return min_new_ratings is not None and new_ratings >= min_new_ratings
 
 
+_WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")  # as cron counts them
+_WEEKDAY = r"[0-7]|" + "|".join(_WEEKDAYS)
+_WEEKDAY_PART = re.compile(
+    rf"(?:\*|(?P<first>{_WEEKDAY})(?:-(?P<last>{_WEEKDAY}))?)(?:/(?P<step>[0-9]+))?", re.IGNORECASE
+)
+
+
+def weekday_names(field: str) -> str:
+    """The weekday field of a cron expression with its numbers as names; 0 and 7 are Sunday. Raises ValueError.
+
+    APScheduler 3 counts weekdays from Monday and reads names as everybody does.
+    """
+    return ",".join(part if not re.search(r"[0-9]", part) else _weekday_part(part) for part in field.split(","))
+
+
+def _weekday_part(part: str) -> str:
+    found = _WEEKDAY_PART.fullmatch(part)
+    if found is None:
+        raise ValueError(f"{part!r} is not a weekday: 0 to 7 (0 and 7 are Sunday) or mon to sun")
+    step = int(found["step"] or 1)
+    if step == 0:
+        raise ValueError(f"the step of {part!r} must be at least 1")
+    first = 0 if found["first"] is None else _weekday(found["first"])
+    if found["last"] is not None:
+        last = _weekday(found["last"], ends_week=True)
+    else:
+        last = 6 if found["first"] is None or found["step"] else first  # "2/2" goes on to the end of the week
+    if first > last:
+        raise ValueError(f"{part!r} ends before it begins")
+    return ",".join(dict.fromkeys(_WEEKDAYS[day % 7] for day in range(first, last + 1, step)))
+
+
+def _weekday(text: str, *, ends_week: bool = False) -> int:
+    if text.isdigit():
+        return int(text)
+    day = _WEEKDAYS.index(text.lower())
+    return 7 if ends_week and day == 0 else day
+
+
 def counted_from(database: Database, adapter: str) -> float:
     """Since when ratings are new: the newest run's snapshot, or its creation if it made none; 0 before the first run.
 
@@ -83,6 +123,13 @@ def counted_from(database: Database, adapter: str) -> float:
         frozen = connection.execute(sa.select(snapshots.c.created_at).where(snapshots.c.id == run.snapshot_id)).scalar()
     # A snapshot of the same rows is the same snapshot: an older one then, and the run's own time is the later one.
     return max(run.created_at, float(frozen or 0.0))
+
+
+def superseded_message(old: Run, newer: Run) -> str:
+    """Why `old` is not resumed once `newer` has succeeded."""
+    made = "" if newer.candidate is None else f" and published version {newer.candidate}"
+    before = f"; before that: {old.error}" if old.error else ""
+    return f"superseded: {newer.id} was started later{made}, so this run would go on from an old state{before}"
 
 
 class TrainerJobs:
@@ -114,11 +161,16 @@ class TrainerJobs:
             self._launch(plan, f"{new} new ratings")
 
     def resume_unfinished(self) -> None:
-        """Go on with the runs that a crash or a stop left; each adapter's newest only."""
+        """Go on with the runs that a crash or a stop left; each adapter's newest only, and none that is superseded."""
         runs = RunStore(self._database)
         for plan in plans(self._settings):
+            if working_on(self._database, plan.adapter) is not None:
+                continue
+            for old, newer in runs.superseded(plan.adapter):
+                logger.info("not resuming %s of %s: superseded by %s", old.id, plan.adapter, newer.id)
+                runs.fail(old.id, superseded_message(old, newer))
             run = runs.unfinished(plan.adapter)
-            if run is None or working_on(self._database, plan.adapter) is not None:
+            if run is None:
                 continue
             logger.info("resuming %s of %s", run.id, plan.adapter)
             self._guard(partial(self._launcher.resume, run), plan.adapter)

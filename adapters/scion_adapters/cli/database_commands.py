@@ -38,6 +38,7 @@ def show(as_json: JsonOption = False) -> None:
     from scion_adapters.settings import load_settings
 
     database = open_database(load_settings(), upgrade=False)
+    database.check_revision()
     revision, head = database.current_revision(), database.head_revision()
     data = {"database": _shown_url(database.url), "revision": revision, "head": head, "current": revision == head}
     if as_json:

@@ -104,7 +104,7 @@ def status(
     found = [r for r in rollouts.list(name, limit=limit) if name is not None or r.state.is_active]
     shown = [(rollout, read_progress(database, rollout, settings)) for rollout in found]
     if as_json:
-        print_json([{**_as_json(rollout), "progress": progress} for rollout, progress in shown])
+        print_json([{**rollout_json(rollout), "progress": progress} for rollout, progress in shown])
         return
     if not shown:
         console.print(f"{name} never had a rollout." if name else "No rollout runs: `scion rollout start VERSION`.")
@@ -217,15 +217,17 @@ def _open() -> tuple[Settings, Database, Rollouts]:
 def _wait_until_ended(rollouts: Rollouts, rollout: Rollout, settings: Settings, timeout_s: float | None) -> Rollout:
     """Follow the rollout on stderr until it has ended. Interrupting ends the waiting, not the rollout."""
     from scion_adapters.errors import UnavailableError
+    from scion_adapters.records import RolloutState
 
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     said = None
     with error_console.status("") as spinner:
         while True:
-            news = (rollout.state, rollout.weight, rollout.message)
+            news = (rollout.state, rollout.share, rollout.message)
             if news != said:
                 said = news
-                line = f"{time.strftime('%H:%M:%S')}  {rollout.weight:4.0%}  {rollout.message}"
+                share = "" if rollout.state is RolloutState.ABORTED else f"{rollout.share:.0%}"
+                line = f"{time.strftime('%H:%M:%S')}  {share:>4}  {rollout.message}"
                 error_console.print(line, highlight=False, markup=False)
                 spinner.update(f"{rollout.adapter}:{rollout.number} {rollout.state}")
             if not rollout.state.is_active:
@@ -238,19 +240,22 @@ def _wait_until_ended(rollouts: Rollouts, rollout: Rollout, settings: Settings, 
             rollout = rollouts.get(rollout.id)
 
 
-def _as_json(rollout: Rollout) -> dict[str, Any]:
+def rollout_json(rollout: Rollout) -> dict[str, Any]:
+    """Its record, its version's name, and as `weight` the share of users that this version has by it."""
     version = f"{rollout.adapter}:{rollout.number}"
-    return {**dataclasses.asdict(rollout), "version": version, "weight": rollout.weight}
+    return {**dataclasses.asdict(rollout), "version": version, "weight": rollout.share}
 
 
 def _show(rollout: Rollout, as_json: bool) -> None:
+    from scion_adapters.records import RolloutState
+
     if as_json:
-        print_json(_as_json(rollout))
+        print_json(rollout_json(rollout))
         return
+    share = "" if rollout.state is RolloutState.ABORTED else f" at {rollout.share:.0%} of users"
     begun = f", since {format_time(rollout.step_started_at)}" if rollout.state.is_active else ""
     console.print(
-        f"{rollout.adapter}:{rollout.number} {rollout.state} at {rollout.weight:.0%} of users{begun} ({rollout.id}): "
-        f"{rollout.message}",
+        f"{rollout.adapter}:{rollout.number} {rollout.state}{share}{begun} ({rollout.id}): {rollout.message}",
         soft_wrap=True,
         highlight=False,
         markup=False,

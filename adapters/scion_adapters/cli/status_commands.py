@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
 
 def status(as_json: JsonOption = False) -> None:
     """Show adapters, servers, rollouts, runs and feedback."""
+    from scion_adapters.cli.rollout_commands import rollout_json
     from scion_adapters.clock import now
     from scion_adapters.registry import open_registry
     from scion_adapters.settings import load_settings
@@ -36,7 +38,8 @@ def status(as_json: JsonOption = False) -> None:
     settings = load_settings()
     present = read_status(open_registry(settings).database, settings)
     if as_json:
-        print_json(present)
+        rollouts = [rollout_json(rollout) for rollout in present.rollouts]
+        print_json({**dataclasses.asdict(present), "rollouts": rollouts})
     else:
         _print_status(present, now())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import typer
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundErro
 from scion_adapters.records import CHALLENGER, CHAMPION, PREVIOUS, Replica, VersionRef
 from scion_adapters.registry import Registry, open_registry
 from scion_adapters.replicas import ReplicaLedger
+from scion_adapters.retirement import quarantine
 from scion_adapters.settings import load_settings
 from tests.helpers.adapters import make_adapter, make_base
 
@@ -244,6 +246,19 @@ def test_db(project: Project) -> None:
     assert "newest" in project.run("db", "upgrade")
 
 
+def test_a_database_of_a_newer_program_is_named_by_every_command(project: Project) -> None:
+    project.run("db", "upgrade")
+    with project.registry().database.write() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    result, detail = checks(project)["database"]
+    assert result == "failed"
+    assert "revision 9999" in detail
+    assert "run that version" in detail
+    for command in ("db upgrade", "db show", "adapters list", "rollback chat", "status"):
+        with pytest.raises(ConflictError, match="run that version"):
+            project.run(*command.split())
+
+
 def checks(project: Project) -> dict[str, tuple[str, str]]:
     return {check["name"]: (check["result"], check["detail"]) for check in project.json("doctor")["checks"]}
 
@@ -267,6 +282,42 @@ def test_doctor_compares_the_servers_base(project: Project) -> None:
     assert "out of memory" in checks(project)["servers"][1]
     report(project, base_fingerprint=fingerprint)
     assert checks(project)["servers"] == ("ok", "1 running: http://host:8000")
+
+
+def published(project: Project, count: int) -> None:
+    for number in range(1, count + 1):
+        project.run("adapters", "import", project.adapter(f"adapter-{number}", seed=number), "chat")
+        project.accept(number)
+
+
+def test_doctor_neither_makes_nor_blames_a_store_that_is_not_mounted(project: Project) -> None:
+    published(project, 1)
+    root = project.registry().store.root
+    root.rename(root.with_name("unmounted"))
+    for arguments in ((), ("--repair",)):
+        assert project.exit_code("doctor", *arguments) == 1
+        assert not root.exists()
+    result, detail = checks(project)["leftovers"]
+    assert result == "failed"
+    assert "mount the store" in detail
+    assert "--repair" not in detail
+    assert [version.state for version in project.registry().versions("chat")] == ["accepted"]
+
+
+def test_doctor_mends_the_rest_when_one_thing_cannot_be_mended(project: Project) -> None:
+    published(project, 2)
+    registry = project.registry()
+    first, second = registry.versions("chat")
+    for version in (first, second):
+        quarantine(registry.database, version.ref, actor="server-1", reason="gone")
+    weights = registry.store.path(first.digest) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (found,) = [check for check in project.json("doctor", "--repair")["checks"] if check["name"] == "leftovers"]
+    assert found["result"] == "failed"
+    assert "chat:1 is quarantined and its files are back: verify and reinstate it failed: " in found["detail"]
+    assert "changed after publishing" in found["detail"]
+    assert "chat:2 is quarantined and its files are back: verify and reinstate it (done)" in found["detail"]
+    assert [version.state for version in registry.versions("chat")] == ["quarantined", "accepted"]
 
 
 # what is broken, the check that says so, a piece of what it says

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from scion_adapters import tables
 from scion_adapters.database import Database, insert_ignore, next_value, open_database
-from scion_adapters.errors import UnavailableError
+from scion_adapters.errors import ConflictError, UnavailableError
 from scion_adapters.events import bump_routing, list_events, record, routing_revision
 from scion_adapters.settings import load_settings
 from tests.helpers.databases import sqlite_database
@@ -145,6 +145,19 @@ def test_opening_migrates_once(tmp_path: Path) -> None:
     unmigrated.dispose()
     database = open_database(settings)
     assert database.current_revision() == database.head_revision()
+    database.dispose()
+
+
+def test_a_database_of_a_newer_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "scion.toml").write_text('[database]\nurl = "sqlite:///scion.db"\n')
+    settings = load_settings(tmp_path / "scion.toml")
+    database = open_database(settings)
+    with database.write() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    for use in (database.upgrade, lambda: open_database(settings)):
+        with pytest.raises(ConflictError, match=r"newer vllm-scion \(revision 9999, .*\): run that version"):
+            use()
+    assert database.current_revision() == "9999"
     database.dispose()
 
 

@@ -70,21 +70,23 @@ def test_what_is_no_reference(text: str) -> None:
         parse_version_ref(text)
 
 
-# state, step, and the share of users that the challenger gets
+# state, step, the share of users that the challenger gets, and the one that the version has
 WEIGHTS = [
-    (RolloutState.PROGRESSING, -1, 0.0),  # still loading
-    (RolloutState.PROGRESSING, 0, 0.1),  # the first step
-    (RolloutState.PAUSED, 1, 0.5),  # pausing keeps the share
-    (RolloutState.ABORTED, 1, 0.0),  # over
-    (RolloutState.PROMOTED, 2, 0.0),  # over: it is the champion now
+    (RolloutState.PROGRESSING, -1, 0.0, 0.0),  # still loading
+    (RolloutState.PROGRESSING, 0, 0.1, 0.1),  # the first step
+    (RolloutState.PAUSED, 1, 0.5, 0.5),  # pausing keeps the share
+    (RolloutState.ABORTED, 1, 0.0, 0.0),  # over
+    (RolloutState.PROMOTED, 2, 0.0, 1.0),  # over: it is the champion now
+    (RolloutState.PROMOTED, 0, 0.0, 1.0),  # promoted by hand, before its last step
 ]
 
 
-@pytest.mark.parametrize(("state", "step", "weight"), WEIGHTS)
-def test_the_weight_of_a_rollout(state: RolloutState, step: int, weight: float) -> None:
+@pytest.mark.parametrize(("state", "step", "weight", "share"), WEIGHTS)
+def test_the_weight_of_a_rollout(state: RolloutState, step: int, weight: float, share: float) -> None:
     rollout = Rollout(
         id="r", adapter="chat", number=2, stable=1, state=state, steps=(0.1, 0.5, 1.0), step=step, every_s=None,
         after_requests=None, guard=True, step_started_at=0, message="", actor="me", created_at=0, updated_at=0,
         revision=0,
     )  # fmt: skip
     assert rollout.weight == weight
+    assert rollout.share == share

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from scion_adapters import transitions
-from scion_adapters.cli import rollout_commands
+from scion_adapters.cli import rollout_commands, status_commands
 from scion_adapters.clock import now
 from scion_adapters.database import Database
 from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundError, ScionError, UnavailableError
@@ -148,6 +148,25 @@ def test_status_shows_what_runs_and_with_a_name_what_ended(shell: Shell) -> None
     assert len(shell.json("rollout", "status", "chat", "-n", "1")) == 1
 
 
+def test_a_promoted_version_has_all_users_and_an_aborted_one_no_share(shell: Shell) -> None:
+    shell.run("rollout", "start", "chat:2")
+    assert "chat:2 promoted at 100% of users (" in shell.run("rollout", "promote", "chat").output
+    shell.run("rollout", "start", "chat:3")
+    assert shell.json("rollout", "promote", "chat")["weight"] == 1.0
+    shell.run("rollout", "start", "chat:4")
+    assert "chat:4 aborted (" in shell.run("rollout", "abort", "chat").output
+    weights = {data["version"]: data["weight"] for data in shell.json("rollout", "status", "chat")}
+    assert weights == {"chat:1": 1.0, "chat:2": 1.0, "chat:3": 1.0, "chat:4": 0.0}
+
+
+def test_the_whole_status_names_a_rollouts_version_and_share(shell: Shell) -> None:
+    status_commands.register(shell.app)
+    started = shell.json("rollout", "start", "chat:2")
+    (shown,) = shell.json("status")["rollouts"]
+    assert shown == started
+    assert (shown["version"], shown["weight"]) == ("chat:2", 0.0)
+
+
 class Later(threading.Thread):
     """Does `work` as soon as `ready` is true: what a server or another person does while a command waits."""
 
@@ -181,8 +200,10 @@ def test_start_wait_returns_with_the_end(shell: Shell) -> None:
 
     with Later(shell.database, "rollout.started", steps_then_promotes):
         result = shell.run("rollout", "start", "chat:2", "--wait", "--json")
-    assert json.loads(result.stdout)["state"] == "promoted"
+    ended = json.loads(result.stdout)
+    assert (ended["state"], ended["weight"]) == ("promoted", 1.0)
     assert "waiting until all live servers have loaded it" in result.stderr
+    assert "  100%  promoted by controller" in result.stderr
 
 
 def test_start_wait_fails_when_it_is_aborted(shell: Shell) -> None:
@@ -190,6 +211,7 @@ def test_start_wait_fails_when_it_is_aborted(shell: Shell) -> None:
         result = shell.invoke("rollout", "start", "chat:2", "--wait")
     assert result.exit_code == 1
     assert "aborted by ben: rude" in result.stderr
+    assert "0%  aborted" not in result.stderr
 
 
 def test_start_wait_gives_up_after_the_timeout_and_the_rollout_goes_on(shell: Shell) -> None:

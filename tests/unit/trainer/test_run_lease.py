@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scion_adapters.database import Database
 from scion_adapters.errors import ConflictError
 from scion_adapters.leases import HeldLease, current_holder, try_acquire
+from scion_trainer import run_lease
 from scion_trainer.run_lease import Holder, claim, free_if_dead, hand_over, lease_name, working_on
 from tests.helpers.databases import sqlite_database
 
@@ -37,6 +39,7 @@ def test_a_holder_is_written_and_read() -> None:
     assert Holder.parse(str(holder)) == holder
     assert len(str(holder)) <= 128
     assert Holder.parse("somebody") is None
+    assert Holder.parse("run-1/host/1/yesterday") is None
 
 
 def test_only_one_run_per_adapter_and_the_error_names_it(database: Database) -> None:
@@ -56,7 +59,40 @@ def test_a_dead_process_does_not_keep_the_lease(database: Database, dead: Holder
 
 def test_a_reused_process_number_is_another_process() -> None:
     mine = Holder.of("run-1")
-    assert replace(mine, started_at=mine.started_at - 100).is_dead()
+    ticks, boot = mine.started.split("@")
+    assert replace(mine, started=f"{int(ticks) - 100}@{boot}").is_dead()
+    assert replace(mine, started=f"{ticks}@{'0' * 12}").is_dead()  # the host was started again
+    assert not mine.is_dead()
+
+
+@pytest.mark.parametrize("set_by_s", [-3600, 3600])
+def test_a_live_process_lives_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch, set_by_s: int) -> None:
+    mine, started = Holder.of("run-1"), psutil.Process().create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _process: started + set_by_s)
+    assert not mine.is_dead()
+    assert Holder.of("run-1") == mine
+
+
+def test_a_holder_of_an_old_release_is_dead_only_when_its_process_is_gone(database: Database, dead: Holder) -> None:
+    """Such a one has its start in Unix seconds, which do not agree after the clock was set."""
+    mine = Holder.of("run-1")
+    old = f"run-1/{mine.host}/{mine.pid}/{int(psutil.Process().create_time()) - 3600}"
+    assert try_acquire(database, lease_name("chat"), old, 1000)
+    free_if_dead(database, lease_name("chat"))
+    assert str(working_on(database, "chat")) == old
+    gone = Holder.parse(f"run-dead/{dead.host}/{dead.pid}/1700000000")
+    assert gone is not None
+    assert gone.is_dead()
+
+
+def test_without_a_boot_id_the_start_is_what_psutil_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = Holder.of("run-1")
+    monkeypatch.setattr(run_lease, "BOOT_ID", tmp_path / "none")
+    mine = Holder.of("run-1")
+    assert mine.started == str(int(psutil.Process().create_time()))
+    assert Holder.parse(str(mine)) == mine
+    assert not mine.is_dead()
+    assert not known.is_dead()  # two ways of telling say nothing about each other
 
 
 def test_another_hosts_process_is_not_judged(database: Database, dead: Holder) -> None:
@@ -69,7 +105,8 @@ def test_another_hosts_process_is_not_judged(database: Database, dead: Holder) -
 
 
 def test_the_lease_is_handed_over_without_a_gap(database: Database) -> None:
-    parent, child = Holder.of("run-1"), replace(Holder.of("run-1"), pid=Holder.of("run-1").pid, started_at=1)
+    parent = Holder.of("run-1")
+    child = replace(parent, started="1@0123456789ab")
     claim(database, "chat", parent)
     assert hand_over(database, "chat", str(parent), child)
     assert current_holder(database, lease_name("chat")) == str(child)

@@ -111,6 +111,28 @@ def test_the_newest_unfinished_run_of_an_adapter(store: RunStore) -> None:
     assert store.unfinished("nobody") is None
 
 
+def test_an_unfinished_run_is_superseded_by_a_later_one_that_succeeded(store: RunStore) -> None:
+    before, killed, failed, later, newest = (create(store) for _ in range(5))
+    other = create(store, "support")
+    store.start(killed.id)
+    store.succeed(before.id, candidate=1, metrics={})
+    store.fail(failed.id, "no ratings")
+    store.succeed(other.id, candidate=1, metrics={})
+    assert store.superseded("chat") == []
+    store.succeed(later.id, candidate=2, metrics={})
+    assert store.superseded("chat") == [(store.get(killed.id), store.get(later.id))]
+    store.succeed(newest.id, candidate=3, metrics={})
+    assert store.superseded("chat") == [(store.get(killed.id), store.get(newest.id))]
+
+
+def test_a_run_that_published_nothing_supersedes_its_own_recipe_only(store: RunStore) -> None:
+    create(store)
+    reward = run_config(Settings(), "reward")
+    old, later = (store.create("chat", reward, parent=2, directory=Path("/runs"), actor="cli:ann") for _ in range(2))
+    store.succeed(later.id, candidate=None, metrics={})
+    assert [found.id for found, _ in store.superseded("chat")] == [old.id]
+
+
 @pytest.mark.parametrize("act", [RunStore.get, RunStore.start])
 def test_an_unknown_run_is_said_so(store: RunStore, act: object) -> None:
     assert callable(act)

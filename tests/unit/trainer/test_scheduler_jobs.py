@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from scion_adapters.database import Database
 from scion_adapters.errors import ConflictError, InvalidInputError, ScionError
-from scion_adapters.records import Run
+from scion_adapters.records import Run, RunState
 from scion_adapters.settings import Settings, load_settings
 from scion_trainer.config import run_config
 from scion_trainer.daemon import cron_trigger
@@ -172,11 +174,89 @@ def test_unfinished_runs_are_resumed(database: Database, launcher: FakeLauncher)
     assert launcher.calls == [("resume", waiting.id)]
 
 
+def test_a_superseded_run_is_failed_and_not_resumed(database: Database, launcher: FakeLauncher) -> None:
+    store, config = RunStore(database), run_config(Settings(), "kto")
+    killed, later, waiting = (
+        store.create("chat", config, parent=0, directory=Path("runs"), actor="test") for _ in range(3)
+    )
+    store.start(killed.id)
+    store.interrupt(killed.id, "killed by SIGKILL")
+    store.succeed(later.id, candidate=7, metrics={})
+    jobs(database, launcher).resume_unfinished()
+    assert launcher.calls == [("resume", waiting.id)]
+    assert store.get(killed.id).state is RunState.FAILED
+    assert re.fullmatch(
+        f"superseded: {later.id} .*published version 7.*killed by SIGKILL", store.get(killed.id).error or ""
+    )
+    store.fail(waiting.id, "no ratings")
+    jobs(database, launcher).resume_unfinished()
+    assert len(launcher.calls) == 1
+
+
+def test_a_superseded_run_that_is_resumed_by_hand_goes_on(database: Database, launcher: FakeLauncher) -> None:
+    store, config = RunStore(database), run_config(Settings(), "kto")
+    old, later = (store.create("chat", config, parent=0, directory=Path("runs"), actor="test") for _ in range(2))
+    store.succeed(later.id, candidate=7, metrics={})
+    claim(database, "chat", Holder.of(old.id))
+    jobs(database, launcher).resume_unfinished()
+    assert launcher.calls == []
+    assert store.get(old.id).state is RunState.QUEUED
+
+
 def test_a_run_that_somebody_works_on_is_left_alone(database: Database, launcher: FakeLauncher) -> None:
     run = RunStore(database).create("chat", run_config(Settings(), "kto"), parent=0, directory=Path("r"), actor="test")
     claim(database, "chat", Holder.of(run.id))
     jobs(database, launcher).resume_unfinished()
     assert launcher.calls == []
+
+
+@pytest.mark.parametrize(
+    ("weekdays", "december_2026"),  # the 6th is a Sunday
+    [
+        ("*", range(1, 32)),
+        ("0", [6, 13, 20, 27]),
+        ("7", [6, 13, 20, 27]),
+        ("sun", [6, 13, 20, 27]),
+        ("1", [7, 14, 21, 28]),
+        ("6", [5, 12, 19, 26]),
+        ("1,3", [2, 7, 9, 14, 16, 21, 23, 28, 30]),
+        ("0,Wed", [2, 6, 9, 13, 16, 20, 23, 27, 30]),
+        ("1-5", [day for day in range(1, 32) if day % 7 not in (5, 6)]),
+        ("mon-fri", [day for day in range(1, 32) if day % 7 not in (5, 6)]),
+        ("5-7", [day for day in range(1, 32) if day % 7 in (4, 5, 6)]),
+        ("0-2", [day for day in range(1, 32) if day % 7 in (6, 0, 1)]),
+        ("5-sun", [day for day in range(1, 32) if day % 7 in (4, 5, 6)]),
+        ("0-7", range(1, 32)),
+        ("*/2", [day for day in range(1, 32) if day % 7 in (6, 1, 3, 5)]),  # Sunday, Tuesday, Thursday, Saturday
+        ("1-5/2", [day for day in range(1, 32) if day % 7 in (0, 2, 4)]),
+        ("mon-fri/2", [day for day in range(1, 32) if day % 7 in (0, 2, 4)]),
+        ("2/2", [day for day in range(1, 32) if day % 7 in (1, 3, 5)]),
+        ("*/7", [6, 13, 20, 27]),
+    ],
+)
+def test_weekdays_are_counted_as_cron_counts_them(weekdays: str, december_2026: Iterable[int]) -> None:
+    trigger, at = cron_trigger(f"0 3 * * {weekdays}"), datetime(2026, 12, 1, tzinfo=UTC)
+    fired = []
+    while (at := trigger.get_next_fire_time(None, at)).month == 12:
+        fired.append(at.day)
+        at += timedelta(minutes=1)
+    assert fired == list(december_2026)
+
+
+@pytest.mark.parametrize(
+    ("weekdays", "complaint"),
+    [
+        ("8", "'8' is not a weekday: 0 to 7"),
+        ("1-", "'1-' is not a weekday"),
+        ("*/0", "step of '.*' must be at least 1"),
+        ("5-1", "'5-1' ends before it begins"),
+        ("someday", "Invalid weekday name"),
+        ("1,", "Unrecognized expression"),
+    ],
+)
+def test_a_wrong_weekday_is_named(weekdays: str, complaint: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{complaint}.*expected five fields"):
+        cron_trigger(f"0 3 * * {weekdays}")
 
 
 @pytest.mark.parametrize("expression", ["0 3 * *", "every night", "61 * * * *"])
