@@ -85,17 +85,19 @@ class CompletionStore:
     def insert(self, records: Sequence[CompletionRecord]) -> InsertResult:
         """Store `records` durably, in one transaction. Gives votes that came before their completion its user.
 
+        A record that is refused because its id is taken gives its user to nobody.
+
         Raises InvalidInputError when a record can never be stored (then none was), UnavailableError when another try
         may succeed.
         """
         if not records:
             return InsertResult(0, 0, 0)
         rows = [_row(record) for record in records]
-        users = {record.id: record.user_hash for record in records if record.user_hash is not None}
         try:
             with self._database.write() as connection:
                 new = connection.execute(self._insert, rows).rowcount  # both drivers add up those of an executemany
-                result = InsertResult(new, 0, 0) if new == len(rows) else _classify(connection, records, new)
+                kept = records if new == len(rows) else _kept(connection, records)
+                users = {record.id: record.user_hash for record in kept if record.user_hash is not None}
                 if self._database.is_sqlite:
                     adopt_in(connection, users)
         except (sa.exc.DataError, sa.exc.IntegrityError) as error:
@@ -108,7 +110,7 @@ class CompletionStore:
             raise
         if not self._database.is_sqlite:
             adopt_early_votes(self._database, users)
-        return result
+        return InsertResult(new, redelivered=len(kept) - new, conflicting=len(records) - len(kept))
 
     def get(self, completion_id: str) -> CompletionRecord:
         """The record with that completion id. Raises NotFoundError."""
@@ -119,13 +121,15 @@ class CompletionStore:
         return CompletionRecord.from_json(dict(row))
 
 
-def _classify(connection: sa.Connection, records: Sequence[CompletionRecord], new: int) -> InsertResult:
-    """Tell deliveries that came again from reused ids; runs in the inserting transaction."""
+def _kept(connection: sa.Connection, records: Sequence[CompletionRecord]) -> list[CompletionRecord]:
+    """Those of `records` that the table holds, now or since an earlier delivery; the others reuse a taken id.
+
+    Runs in the inserting transaction.
+    """
     ids = {record.id for record in records}
     statement = sa.select(completions.c.id, completions.c.record_id).where(completions.c.id.in_(ids))
     stored = {row.id: row.record_id for row in connection.execute(statement)}
-    same = sum(stored[record.id] == record.record_id for record in records)
-    return InsertResult(new=new, redelivered=same - new, conflicting=len(records) - same)
+    return [record for record in records if stored[record.id] == record.record_id]
 
 
 def _row(record: CompletionRecord) -> dict[str, Any]:

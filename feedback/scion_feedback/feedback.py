@@ -1,7 +1,8 @@
 """What users said about completions: the `feedback` table. Owns idempotency, deletion and the shape of a row.
 
 A row is durable when `add` returns. Rows never change except for `counts` and the user of an early vote (votes.py);
-a deleted row keeps its id, so that a late retry cannot bring it back, and loses what was said.
+a deleted row keeps its id, so that a late retry cannot bring it back, and loses what was said. Of a correction it keeps
+an empty one, which no vote can have: selection.py learns from it that older corrections stay replaced.
 """
 
 from __future__ import annotations
@@ -165,10 +166,11 @@ class FeedbackStore:
             if row is None:
                 raise NotFoundError(f"no feedback {feedback_id!r}: it was never stored, or it was deleted")
             at = self._clock()
+            trace = None if row["correction"] is None else ""
             connection.execute(
                 sa.update(_table)
                 .where(_table.c.id == feedback_id)
-                .values(deleted_at=at, counts=False, value=None, comment=None, correction=None, metadata={})
+                .values(deleted_at=at, counts=False, value=None, comment=None, correction=trace, metadata={})
             )
             events.record(connection, at, "feedback.deleted", actor=actor, data={"feedback_id": feedback_id})
         return FeedbackRow(**row)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sqlalchemy as sa
 
 from scion_adapters import tables
-from scion_feedback.selection import SnapshotRow
+from scion_feedback.selection import Past, SnapshotRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class History:
     """What earlier snapshots of an adapter used: `trained` maps a vote to the newest snapshot that trained on it."""
 
     trained: Mapping[str, str]  # feedback id -> snapshot id
-    judged: Collection[str]  # completions with a vote that any snapshot held out
+    judged: Collection[str]  # completions with a vote that any snapshot held out, or kept apart as newest
+    past: Past = field(default_factory=Past)
 
 
 def read_history(connection: sa.Connection, adapter: str) -> History:
@@ -35,12 +36,17 @@ def read_history(connection: sa.Connection, adapter: str) -> History:
     )
     trained: dict[str, str] = {}
     judged: set[str] = set()
+    learned: set[str] = set()
+    held_out: set[str] = set()
     for row in connection.execute(query):
         if row.split == "train":
             trained[row.feedback_id] = row.snapshot_id
+            learned.add(row.completion_id)
         else:
             judged.add(row.completion_id)
-    return History(trained, judged)
+        if row.split == "heldout":
+            held_out.add(row.completion_id)
+    return History(trained, judged, Past(learned, held_out))
 
 
 def draw(

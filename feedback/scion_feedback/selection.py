@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -37,7 +37,13 @@ class DropReason(StrEnum):
     TOOLS = "tool_calls"  # tools were offered or used: their definitions are part of the prompt
     PREFILLED = "prefilled_answer"  # the answer continues an assistant message
     NO_TEXT_ANSWER = "no_text_answer"
-    TRUNCATED = "truncated_answer"  # liked, but cut off by max_tokens: training on it teaches to stop mid-sentence
+    TRUNCATED = "truncated_answer"  # liked, but broken off: training on it teaches to stop mid-sentence
+    JUDGES = "answer_held_out"  # a vote about its answer judges, now or in an earlier snapshot: no run learns from it
+    LEARNED = "answer_trained_on"  # to be held out, but an earlier snapshot trained on its answer
+
+
+_BROKEN_OFF = frozenset({"length", "cancelled", "error", "abort"})
+"""Finish reasons of answers without their end: by max_tokens, by the user's stop button, in mid-stream, by vLLM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,14 @@ class SnapshotRow:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The completions that earlier snapshots of an adapter trained on, and those that they held out."""
+
+    learned: Collection[str] = frozenset()
+    held_out: Collection[str] = frozenset()
+
+
 def select(votes: Iterable[Vote], *, not_before: float) -> tuple[list[SnapshotRow], Counter[str]]:
     """The rows of `votes`, newest vote first, all in the split "train", and how many were dropped by reason.
 
@@ -125,27 +139,49 @@ def limit_red_team(rows: Sequence[SnapshotRow], share: float) -> tuple[list[Snap
 
 
 def assign_splits(
-    rows: Sequence[SnapshotRow], heldout_share: float, newest_share: float = 0.0
-) -> tuple[list[SnapshotRow], SplitRule]:
+    rows: Sequence[SnapshotRow], heldout_share: float, newest_share: float = 0.0, past: Past = Past()
+) -> tuple[list[SnapshotRow], SplitRule, Counter[str]]:
     """Hold out whole users, the same ones in every snapshot: a gate must not ask what an ancestor was trained on.
 
     A user is held out when the hash of their (keyed) user hash falls into the lowest `heldout_share`. When users are so
-    few that this holds out nobody, or more than half of the rows, single completions are held out by the same rule.
+    few, or rate so much the same answers, that this holds out nobody or leaves less than half of the rows to learn
+    from, single completions are held out by the same rule.
+
+    Users rate each other's answers, and the rule changes as users come, so a completion keeps the side that it was on
+    first, whoever votes: one that was ever held out is never in "train", one that was trained on never in "heldout".
+    The rows that this leaves out are counted by reason, as in `select`.
 
     Of the others, the newest `newest_share` of all rows is kept apart too, with every vote about the same answers. The
     next snapshot trains on them; the parent was not, unless it was made from a later part of the same votes.
     """
     newest = _newest(rows, newest_share)
     by_user = [_position(_unit(row)) < heldout_share for row in rows]
-    if 0 < sum(by_user) <= len(rows) / 2:
-        return _split(rows, by_user, newest), "user"
-    positions = [_position(f"completion:{row.completion_id}") for row in rows]
-    threshold = max(heldout_share, min(positions, default=0.0) + 1e-12)  # at least one
-    return _split(rows, [position < threshold for position in positions], newest), "completion"
+    judging = {row.completion_id for row, held in zip(rows, by_user, strict=True) if held}
+    if judging and sum(row.completion_id not in judging for row in rows) >= len(rows) / 2:
+        split, dropped = _split(rows, by_user, newest, past)
+        if any(row.split == "heldout" for row in split) and any(row.split != "heldout" for row in split):
+            return split, "user", dropped
+    split, dropped = _split(rows, _by_completion(rows, heldout_share, past), newest, past)
+    return split, "completion", dropped
+
+
+def _by_completion(rows: Sequence[SnapshotRow], heldout_share: float, past: Past) -> list[bool]:
+    """Which rows to hold out: those that were before, and of the new completions a share; at least one of them all."""
+    positions = {
+        row.completion_id: _position(f"completion:{row.completion_id}")
+        for row in rows
+        if row.completion_id not in past.learned
+    }
+    held = {id_ for id_, position in positions.items() if id_ in past.held_out or position < heldout_share}
+    if not held and positions:
+        held.add(min(positions, key=lambda id_: positions[id_]))
+    return [row.completion_id in held for row in rows]
 
 
 def _row(vote: Vote, not_before: float, seen: set[tuple[object, ...]]) -> SnapshotRow | DropReason:
     if vote.deleted_at is not None:
+        if vote.correction is not None:  # empty by now, but what it replaced does not return
+            _first(seen, _correction_of(vote))
         return DropReason.DELETED
     if vote.request is None or vote.choices is None or vote.number is None:
         return DropReason.UNKNOWN_COMPLETION
@@ -190,7 +226,7 @@ def _standing(
     value, correction = vote.value, vote.correction
     if value is not None and (not vote.counts or not _first(seen, ("value", vote.name, *answer))):
         value = None
-    if correction is not None and not _first(seen, ("correction", *answer)):
+    if correction is not None and not _first(seen, _correction_of(vote)):
         correction = None
     if value is None and correction is None:
         return None, None, DropReason.SUPERSEDED
@@ -202,6 +238,11 @@ def _standing(
         if value == NEUTRAL:
             return None, None, DropReason.NEUTRAL_VALUE
     return value, correction, None
+
+
+def _correction_of(vote: Vote) -> tuple[object, ...]:
+    """What two corrections share when the later one replaces the other."""
+    return ("correction", vote.completion_id, vote.choice_index, vote.user)
 
 
 def _first(seen: set[tuple[object, ...]], key: tuple[object, ...]) -> bool:
@@ -249,7 +290,7 @@ def _answer(choices: Sequence[Mapping[str, Any]], index: int) -> _Answer | DropR
     text = _plain_text(message.get("content"))
     if not text or not text.strip():
         return DropReason.NO_TEXT_ANSWER
-    return _Answer(text, truncated=choice.get("finish_reason") == "length")
+    return _Answer(text, truncated=choice.get("finish_reason") in _BROKEN_OFF)
 
 
 def _plain_text(content: Any) -> str | None:
@@ -285,8 +326,29 @@ def _newest(rows: Sequence[SnapshotRow], share: float) -> frozenset[str]:
     return frozenset(row.completion_id for row in ordered[len(rows) - int(len(rows) * share) :])
 
 
-def _split(rows: Sequence[SnapshotRow], heldout: Sequence[bool], newest: frozenset[str]) -> list[SnapshotRow]:
-    def side(row: SnapshotRow, held: bool) -> Split:
-        return "heldout" if held else "newest" if row.completion_id in newest else "train"
+def _split(
+    rows: Sequence[SnapshotRow], heldout: Sequence[bool], newest: frozenset[str], past: Past
+) -> tuple[list[SnapshotRow], Counter[str]]:
+    """The rows with their splits, without those that may be on no side, which are counted by reason."""
+    judging = {
+        row.completion_id
+        for row, held in zip(rows, heldout, strict=True)
+        if held and row.completion_id not in past.learned
+    }
 
-    return [replace(row, split=side(row, held)) for row, held in zip(rows, heldout, strict=True)]
+    def side(row: SnapshotRow, held: bool) -> Split | DropReason:
+        if held:
+            return "heldout" if row.completion_id in judging else DropReason.LEARNED
+        if row.completion_id in newest:
+            return "newest"
+        return DropReason.JUDGES if row.completion_id in judging or row.completion_id in past.held_out else "train"
+
+    split: list[SnapshotRow] = []
+    dropped: Counter[str] = Counter()
+    for row, held in zip(rows, heldout, strict=True):
+        outcome = side(row, held)
+        if isinstance(outcome, DropReason):
+            dropped[outcome.value] += 1
+        else:
+            split.append(replace(row, split=outcome))
+    return split, dropped

@@ -76,10 +76,11 @@ def build_snapshot(
 ) -> Snapshot:
     """Freeze the usable votes about `adapter` in a new directory under `directory`, and record which they are.
 
-    `heldout_share` of the users and the newest `newest_share` of the votes are kept from training (see
-    `selection.assign_splits`). `since` is a Unix time; older votes are left out, as are those older than
-    `max_age_days`. Findings of the red team come on top: at most `red_team_share` of all rows, and for training only.
-    Of the training rows up to `replay_share` are older ones that an earlier snapshot trained on, drawn by `seed`.
+    `heldout_share` of the users and the newest `newest_share` of the votes are kept from training; what earlier
+    snapshots of the adapter held out stays out of it (see `selection.assign_splits`). `since` is a Unix time; older
+    votes are left out, as are those older than `max_age_days`. Findings of the red team come on top: at most
+    `red_team_share` of all rows, and for training only. Of the training rows up to `replay_share` are older ones that
+    an earlier snapshot trained on, drawn by `seed`.
     Raises InvalidInputError when fewer than `min_ratings` votes of users are usable.
     """
     now = clock()
@@ -89,17 +90,19 @@ def build_snapshot(
         rows, dropped = select(_votes(connection, adapter), not_before=not_before)
         if num_others := _count_other_adapters(connection, adapter):
             dropped[DropReason.OTHER_ADAPTER.value] = num_others
+        history = read_history(connection, adapter)
     rows, findings, num_over = limit_red_team(rows, red_team_share)
     if num_over:
         dropped[DropReason.RED_TEAM_SHARE.value] = num_over
     if len(rows) < min_ratings:
         raise InvalidInputError(_too_few(adapter, len(rows), min_ratings, dropped), field="trainer.min_ratings")
-    rows, rule = assign_splits(rows[::-1], heldout_share, newest_share)
+    rows, rule, undecided = assign_splits(rows[::-1], heldout_share, newest_share, history.past)
+    dropped += undecided
     if replay_share and not_before:
         with database.read() as connection:
             usable, _, _ = limit_red_team(select(_votes(connection, adapter), not_before=0.0)[0], 0.0)
-            history = read_history(connection, adapter)
-        replayed = draw(usable, rows, history, share=replay_share, seed=seed)
+        older = [row for row in usable if row.created_at < not_before]  # others are in `rows`, or left out on purpose
+        replayed = draw(older, rows, history, share=replay_share, seed=seed)
         rows += replayed
         origins = Counter(history.trained[row.feedback_id] for row in replayed)
     else:

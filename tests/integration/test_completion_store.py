@@ -128,3 +128,32 @@ def test_early_votes_that_turn_out_to_be_one_users_count_once(database: Database
     assert not votes.store.get(earlier.id).counts
     assert votes.store.get(later.id).counts
     assert votes.store.get(comment.id).user_hash == owner
+
+
+def test_a_refused_record_gives_its_user_to_no_vote(database: Database) -> None:
+    votes = Votes(database)
+    votes.completions.insert([record("c")])
+    vote = votes.vote("c", value=1)
+    assert votes.completions.insert([record("c", record_id="other", user_hash="mallory")]) == InsertResult(0, 0, 1)
+    assert votes.store.get(vote.id).user_hash is None
+
+
+def test_of_two_records_with_one_id_the_stored_one_gives_its_user(database: Database) -> None:
+    votes = Votes(database)
+    vote = votes.vote("c", value=1)
+    both = [record("c", user_hash="alice"), record("c", record_id="other", user_hash="mallory")]
+    assert votes.completions.insert(both) == InsertResult(1, 0, 1)
+    assert votes.completions.get("c").user_hash == "alice"
+    assert votes.store.get(vote.id).user_hash == "alice"
+
+
+def test_a_delivery_that_comes_again_gives_its_user_still(database: Database) -> None:
+    # As if killed between the completion and the votes: PostgreSQL stores them in two transactions.
+    votes = Votes(database)
+    served = record("c", user_hash="alice")
+    votes.completions.insert([served])
+    vote = votes.vote("c", value=1)
+    with database.write() as connection:
+        connection.execute(sa.update(tables.feedback).values(user_hash=None))
+    assert votes.completions.insert([served]) == InsertResult(0, 1, 0)
+    assert votes.store.get(vote.id).user_hash == "alice"

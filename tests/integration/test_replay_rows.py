@@ -80,3 +80,16 @@ def test_without_a_window_there_is_nothing_to_replay(database: Database, votes: 
     snapshot = build(database, tmp_path, replay_share=0.5)
     assert not any(row.replayed for row in snapshot.rows)
     assert snapshot.manifest["replay"]["rows"] == 0
+
+
+def test_what_the_split_leaves_out_does_not_come_back_as_replayed(
+    database: Database, votes: Votes, tmp_path: Path
+) -> None:
+    build(database, tmp_path, heldout_share=1e-6)  # trains on users that the next one holds out
+    for n in range(NUM_OLD + NUM_NEW, 200):
+        votes.completions.insert([record(f"c{n}")])
+        votes.vote(f"c{n}", value=n % 2, user=f"user-{n}")
+    snapshot = build(database, tmp_path, since=1.0, replay_share=0.5)  # every vote is in the window
+    assert snapshot.manifest["dropped"]["answer_trained_on"] > 5
+    assert snapshot.split("heldout")
+    assert not any(row.replayed for row in snapshot.rows)

@@ -125,6 +125,54 @@ def test_what_is_left_out_and_why(database: Database, votes: Votes, tmp_path: Pa
     }
 
 
+def test_a_replaced_correction_does_not_return_when_its_successor_is_deleted(
+    database: Database, votes: Votes, tmp_path: Path
+) -> None:
+    votes.vote("c1", correction="old", user="user-1")
+    new = votes.vote("c1", correction="new", user="user-1")
+    thumb = votes.vote("c2", value=1, user="bob")
+    votes.vote("c2", correction="kept", user="bob")
+    assert _corrections(_build(database, tmp_path)) == {"new", "kept"}
+    votes.store.delete(new.id, actor="tester")
+    votes.store.delete(thumb.id, actor="tester")  # no correction was replaced with it
+    votes.store.delete(votes.vote("c2", value=0, user="bob").id, actor="tester")
+    assert _corrections(_build(database, tmp_path)) == {"kept"}
+    assert [row.correction for row in votes.store.for_completion("c1")] == [None, "old"]
+    assert [row.row.correction for row in votes.store.export("chat") if row.row.correction is not None] == [
+        "old",
+        "kept",
+    ]
+
+
+def _corrections(snapshot: Snapshot) -> set[str]:
+    return {row.correction for row in snapshot.rows if row.correction is not None}
+
+
+def test_what_was_held_out_is_never_trained_on_as_users_join(database: Database, tmp_path: Path) -> None:
+    votes = Votes(database)
+    learned: set[str] = set()
+    judged: set[str] = set()
+    rules = []
+    for users in (range(3), range(3, 40), range(40, 60)):
+        for user in users:
+            num = 20 if user < 3 else 3
+            votes.completions.insert([record(f"c{user}-{n}") for n in range(num)])
+            for n in range(num):
+                votes.vote(f"c{user}-{n}", value=n % 2, user=f"user-{user}")
+            votes.vote("c0-0", value=1, user=f"user-{user}")  # everyone likes that one
+        snapshot = _build(database, tmp_path, heldout_share=0.15, newest_share=0.05)
+        rules.append(snapshot.manifest["split"]["by"])
+        learned |= {row.completion_id for row in snapshot.split("train")}
+        judged |= {row.completion_id for row in snapshot.split("heldout")}
+        assert not learned & judged
+        assert len(snapshot.split("heldout")) >= 5
+        counts = snapshot.manifest["counts"]
+        assert counts["train"] > 0.6 * counts["rows"]
+        assert _build(database, tmp_path, heldout_share=0.15, newest_share=0.05).id == snapshot.id
+    assert rules == ["completion", "user", "user"]
+    assert snapshot.manifest["dropped"]["answer_held_out"] > 0
+
+
 @pytest.mark.parametrize(
     ("fields", "num_rows"),
     [

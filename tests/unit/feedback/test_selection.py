@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scion_feedback.selection import DropReason, SnapshotRow, Vote, assign_splits, select
+from scion_feedback.selection import DropReason, Past, SnapshotRow, Vote, assign_splits, select
 from tests.helpers.feedback import choice
 
 _TOOL_CALL = {"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -67,6 +67,9 @@ def _request(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
         ({"choices": []}, DropReason.NO_TEXT_ANSWER),
         ({"choice_index": 1}, DropReason.NO_TEXT_ANSWER),  # no such choice
         ({"choices": [choice("cut off", finish_reason="length")]}, DropReason.TRUNCATED),
+        ({"choices": [choice("cut off", finish_reason="cancelled")]}, DropReason.TRUNCATED),  # stopped by its reader
+        ({"choices": [choice("cut off", finish_reason="error")]}, DropReason.TRUNCATED),
+        ({"choices": [choice("cut off", finish_reason="abort")]}, DropReason.TRUNCATED),
     ],
 )
 def test_dropped(fields: dict[str, Any], reason: DropReason) -> None:
@@ -145,6 +148,19 @@ def test_the_newest_of_several_stands() -> None:
     assert dropped == {"superseded": 2}
 
 
+def test_a_correction_that_was_replaced_stays_so_when_the_later_one_is_deleted() -> None:
+    votes = [
+        _vote(id="5", correction="", value=None, counts=False, deleted_at=200.0),  # alice took hers back
+        _vote(id="4", correction=None, value=None, counts=False, deleted_at=200.0, user_hash="bob"),  # a thumb was
+        _vote(id="3", correction="bob's", value=None, user_hash="bob"),
+        _vote(id="2", correction="older", value=1.0),
+        _vote(id="1", correction="oldest", value=None),
+    ]
+    rows, dropped = select(votes, not_before=0.0)
+    assert [(row.feedback_id, row.correction, row.liked) for row in rows] == [("3", "bob's", None), ("2", None, True)]
+    assert dropped == {"deleted": 2, "superseded": 1}
+
+
 def _rows(num_users: int, each: int = 2) -> list[SnapshotRow]:
     votes = [
         _vote(id=f"{u}-{n}", completion_id=f"c{u}-{n}", user_hash=f"user {u}")
@@ -155,7 +171,7 @@ def _rows(num_users: int, each: int = 2) -> list[SnapshotRow]:
 
 
 def test_whole_users_are_held_out_near_the_share() -> None:
-    rows, rule = assign_splits(_rows(1000), 0.15)
+    rows, rule, _ = assign_splits(_rows(1000), 0.15)
     heldout = {row.user_hash for row in rows if row.split == "heldout"}
     train = {row.user_hash for row in rows if row.split == "train"}
     assert rule == "user"
@@ -164,14 +180,14 @@ def test_whole_users_are_held_out_near_the_share() -> None:
 
 
 def test_a_user_stays_on_one_side_when_others_join() -> None:
-    few, _ = assign_splits(_rows(100), 0.15)
-    many, _ = assign_splits(_rows(1000), 0.15)
+    few, _, _ = assign_splits(_rows(100), 0.15)
+    many, _, _ = assign_splits(_rows(1000), 0.15)
     assert {row.feedback_id: row.split for row in few}.items() <= {row.feedback_id: row.split for row in many}.items()
 
 
 @pytest.mark.parametrize("heldout_share", [1e-6, 0.15, 0.499])
 def test_with_one_user_single_completions_are_held_out(heldout_share: float) -> None:
-    rows, rule = assign_splits(_rows(1, each=60), heldout_share)
+    rows, rule, _ = assign_splits(_rows(1, each=60), heldout_share)
     assert rule == "completion"
     assert 0 < sum(row.split == "heldout" for row in rows) < 45
 
@@ -179,7 +195,7 @@ def test_with_one_user_single_completions_are_held_out(heldout_share: float) -> 
 def test_two_votes_about_one_completion_are_never_split() -> None:
     rows = _rows(1, each=60)
     twins = [replace(row, feedback_id=row.feedback_id + "'") for row in rows]
-    split, _ = assign_splits(rows + twins, 0.3)
+    split, _, _ = assign_splits(rows + twins, 0.3)
     sides: dict[str, set[str]] = {}
     for row in split:
         sides.setdefault(row.completion_id, set()).add(row.split)
@@ -192,15 +208,15 @@ def test_without_users_conversations_are_the_unit() -> None:
         for c in range(200)
         for n in range(3)
     ]
-    rows, rule = assign_splits(select(votes, not_before=0.0)[0], 0.15)
+    rows, rule, _ = assign_splits(select(votes, not_before=0.0)[0], 0.15)
     assert rule == "user"
     heldout = {row.conversation for row in rows if row.split == "heldout"}
     assert not heldout & {row.conversation for row in rows if row.split == "train"}
 
 
 def test_nothing_to_split() -> None:
-    assert assign_splits([], 0.15) == ([], "completion")
-    assert assign_splits([], 0.15, 0.05) == ([], "completion")
+    assert assign_splits([], 0.15) == ([], "completion", {})
+    assert assign_splits([], 0.15, 0.05) == ([], "completion", {})
 
 
 def _rows_over_time(num_users: int = 100) -> list[SnapshotRow]:
@@ -208,8 +224,8 @@ def _rows_over_time(num_users: int = 100) -> list[SnapshotRow]:
 
 
 def test_the_newest_of_the_others_are_kept_apart_too() -> None:
-    rows, rule = assign_splits(_rows_over_time(), 0.15, 0.1)
-    plain, _ = assign_splits(_rows_over_time(), 0.15)
+    rows, rule, _ = assign_splits(_rows_over_time(), 0.15, 0.1)
+    plain, _, _ = assign_splits(_rows_over_time(), 0.15)
     assert rule == "user"
     newest = [row.created_at for row in rows if row.split == "newest"]
     assert newest
@@ -234,3 +250,81 @@ def test_what_was_newest_is_trained_on_later() -> None:
     later = {row.feedback_id: row.split for row in assign_splits(rows, 0.15, 0.1)[0]}
     assert then
     assert {later[key] for key in then} == {"train"}
+
+
+def _past(*snapshots: list[SnapshotRow]) -> Past:
+    rows = [row for snapshot in snapshots for row in snapshot]
+    return Past(_answers(rows, "train"), _answers(rows, "heldout"))
+
+
+def _answers(rows: list[SnapshotRow], split: str) -> set[str]:
+    return {row.completion_id for row in rows if row.split == split}
+
+
+def _same_answers(num_users: int, num_answers: int) -> list[SnapshotRow]:
+    return [replace(row, completion_id=row.completion_id.split("-")[1]) for row in _rows(num_users, each=num_answers)]
+
+
+def test_sides_are_kept_when_single_completions_give_way_to_whole_users() -> None:
+    early, rule, _ = assign_splits(_rows(3, each=20), 0.15)
+    assert rule == "completion"
+    rows = [*_rows(3, each=20), *_rows(43, each=3)[9:]]
+    late, rule, dropped = assign_splits(rows, 0.15, past=_past(early))
+    assert rule == "user"
+    assert not _answers(early, "heldout") & _answers(late, "train")
+    assert not _answers(early, "train") & _answers(late, "heldout")
+    assert len(late) + dropped.total() == len(rows)
+    assert set(dropped) <= {"answer_held_out", "answer_trained_on"}
+    assert len(_answers(late, "heldout")) >= 10
+    assert len(_answers(late, "train")) > len(_answers(early, "train"))
+
+
+def test_an_answer_that_several_users_rated_is_never_on_both_sides() -> None:
+    rows = _rows(100)
+    heldout = next(row for row in assign_splits(rows, 0.15)[0] if row.split == "heldout")
+    fans = [replace(heldout, feedback_id=f"fan-{n}", user_hash=f"user {n}") for n in range(100)]
+    split, rule, dropped = assign_splits([*rows, *fans], 0.15)
+    assert rule == "user"
+    assert not _answers(split, "heldout") & _answers(split, "train")
+    num_judging = sum(row.completion_id == heldout.completion_id for row in split)
+    assert dropped == {"answer_held_out": 101 - num_judging}
+
+
+def test_users_who_all_rate_the_same_few_answers_leave_enough_on_both_sides() -> None:
+    snapshots: list[list[SnapshotRow]] = []
+    for num_users in (3, 30, 300):
+        rows = _same_answers(num_users, 8)
+        split, rule, dropped = assign_splits(rows, 0.15, past=_past(*snapshots))
+        snapshots.append(split)
+        assert rule == "completion"
+        assert dropped == {}
+        assert 0 < len(_answers(split, "heldout")) <= 4
+    assert len({frozenset(_answers(split, "heldout")) for split in snapshots}) == 1
+
+
+@pytest.mark.parametrize("newest_share", [0.0, 0.05])
+@pytest.mark.parametrize("shared", [False, True])
+def test_ordinary_growth_keeps_a_holdout_and_a_training_set(newest_share: float, shared: bool) -> None:
+    snapshots: list[list[SnapshotRow]] = []
+    for num_users in (4, 40, 120, 400):
+        rows = [replace(row, created_at=float(at)) for at, row in enumerate(_rows(num_users, each=5))]
+        if shared:  # everyone rates an answer of the user before them too
+            rows += [replace(row, feedback_id=f"{row.feedback_id}'", user_hash=f"user {1 + at // 5}")
+                     for at, row in enumerate(rows) if at % 5 == 0]  # fmt: skip
+        split, _, dropped = assign_splits(rows, 0.15, newest_share, _past(*snapshots))
+        snapshots.append(split)
+        learned = {id_ for earlier in snapshots for id_ in _answers(earlier, "train")}
+        judged = {id_ for earlier in snapshots for id_ in _answers(earlier, "heldout")}
+        assert not learned & judged
+        assert 0.05 < sum(row.split == "heldout" for row in split) / len(rows) < 0.3
+        assert sum(row.split == "train" for row in split) / len(rows) > 0.6
+        assert dropped.total() < 0.1 * len(rows) + 3
+        assert assign_splits(rows, 0.15, newest_share, _past(*snapshots)) == (split, _, dropped)  # built again
+
+
+def test_an_answer_that_was_on_both_sides_is_on_neither() -> None:
+    rows = _rows(1, each=60)
+    both = Past({"c0-7"}, {"c0-7"})
+    split, _, dropped = assign_splits(rows, 0.15, past=both)
+    assert "c0-7" not in {row.completion_id for row in split}
+    assert dropped == {"answer_held_out": 1}
