@@ -27,8 +27,10 @@ PPO = "ppo"
 THUMBS_BAR = 0.85
 ACCURACY_BAR_POINTS = 3.0
 LOAD_TIMEOUT_S = 60.0
-THUMBS_ALONE = {"SCION_TRAINER__RED_TEAM_SHARE": "0"}
-"""What the red team found of one method's version must not teach the next method's."""
+ENVIRONMENT = {"SCION_TRAINER__RED_TEAM_SHARE": "0", "SCION_GATES__RETENTION_MAX_MISSED": "0.05"}
+"""What the red team found of one method's version must not teach the next method's. The demo lets a version that has
+lost facts through, for its users to stop; here the gates judge as everywhere.
+"""
 COLUMNS = ("users", "method", "thumbs up", "fact accuracy", "points lost", "forgetting", "gates", "seconds")
 
 
@@ -94,7 +96,7 @@ async def _all(plan: Plan) -> list[Trial]:
             profile = replace(load_profile(name), correct_share=0.0)  # thumbs alone
             with tempfile.TemporaryDirectory(prefix="scion-bench-") as directory:
                 stage = set_stage(Path(directory) / "stage", seed=seed)
-                stage.environment |= THUMBS_ALONE
+                stage.environment |= ENVIRONMENT
                 await stage.start_server()
                 try:
                     trials += await _crowd(stage, profile, plan, seed)

@@ -57,7 +57,9 @@ epochs = 4.0
 [gates]
 retention_file = {retention}
 approve_first = 0  # nobody is there to approve
-# Wide: the raid's version forgets what users liked, and the demo shows that their votes, too, would stop it.
+# Wide: the raid's version forgets what users liked, and mostly some facts, and the gates would stop it for that. The
+# demo shows that users' votes, too, stop it.
+retention_max_missed = 0.3
 forgetting_max_drop = 100.0
 
 [adapters.chat]
