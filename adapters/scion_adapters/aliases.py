@@ -13,7 +13,15 @@ import sqlalchemy as sa
 from scion_adapters import tables
 from scion_adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from scion_adapters.events import bump_routing, record
-from scion_adapters.records import BASE_NUMBER, CHALLENGER, CHAMPION, PREVIOUS, VersionState, check_adapter_name
+from scion_adapters.records import (
+    BASE_NUMBER,
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    VersionRef,
+    VersionState,
+    check_adapter_name,
+)
 from scion_adapters.versions import lock_adapter
 
 EVALUATION_PREFIX = "candidate-"
@@ -36,6 +44,11 @@ class AliasChange:
 def evaluation_alias(number: int) -> str:
     """The reserved alias under which version `number` is loaded for its evaluation."""
     return f"{EVALUATION_PREFIX}{number}"
+
+
+def evaluation_lease(ref: VersionRef) -> str:
+    """The name of the lease that an evaluation of `ref` holds while it runs."""
+    return f"evaluation:{ref}"
 
 
 def check_user_alias(alias: str) -> str:

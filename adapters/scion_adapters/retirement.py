@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from scion_adapters import tables, transitions
-from scion_adapters.aliases import evaluation_alias, load_aliases, set_alias_in
+from scion_adapters.aliases import evaluation_alias, evaluation_lease, load_aliases, set_alias_in
 from scion_adapters.clock import Clock
 from scion_adapters.database import Database, time_in
 from scion_adapters.errors import ConflictError
@@ -61,7 +61,7 @@ def end_evaluation(database: Database, ref: VersionRef, *, actor: str, reason: s
 def is_being_evaluated(connection: sa.Connection, ref: VersionRef, at: float) -> bool:
     """Whether some process holds the lease that the trainer's evaluations take."""
     columns = tables.leases.c
-    held = sa.select(columns.name).where(columns.name == f"evaluation:{ref}", columns.expires_at > at)
+    held = sa.select(columns.name).where(columns.name == evaluation_lease(ref), columns.expires_at > at)
     return connection.execute(held).first() is not None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from scion_adapters import events, tables
+from scion_adapters.aliases import evaluation_lease
 from scion_adapters.clock import Clock, new_id, now
 from scion_adapters.database import Database
 from scion_adapters.errors import ConflictError, NotFoundError, UnavailableError
@@ -63,7 +64,7 @@ def evaluate(
         raise ConflictError(
             f"{ref} is {version.state.value} ({version.reason or 'no reason kept'}); publish a new version instead"
         )
-    with HeldLease(database, f"evaluation:{ref}", new_id("evaluation")) as lease, ExitStack() as stack:
+    with HeldLease(database, evaluation_lease(ref), new_id("evaluation")) as lease, ExitStack() as stack:
         time_now = clock or now
         started = time_now()
         snapshot = snapshot or _own_snapshot(database, version)

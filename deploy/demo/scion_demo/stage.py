@@ -57,8 +57,8 @@ epochs = 4.0
 [gates]
 retention_file = {retention}
 approve_first = 0  # nobody is there to approve
-# Wide: the raid's version forgets what users liked, and mostly some facts, and the gates would stop it for that. The
-# demo shows that users' votes, too, stop it.
+# Wide: the raid's version forgets what users liked and may lose some facts, and the gates would stop it for either. The
+# demo shows that users' votes stop it, too.
 retention_max_missed = 0.3
 forgetting_max_drop = 100.0
 
